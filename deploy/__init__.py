@@ -1,0 +1,1 @@
+"""Deployment files, and the recipe of the embedded default model."""

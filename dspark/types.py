@@ -1,0 +1,269 @@
+"""The nouns that travel between rooms: frozen, without torch.
+
+``base_len`` counts a request's known tokens (prompt + committed output). It is the version of a draft:
+a tree made for another ``base_len`` is stale, and stale means dropped.
+
+Positions: token ``i`` of a request sits at position ``i``. With ``base_len`` known tokens the **anchor** is the token
+at position ``base_len - 1``; it has no KV yet. The first drafted token belongs to position ``base_len``.
+Target features exist for every position that has KV, so for positions ``< base_len - 1`` when a request decodes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from dspark.sampling import SamplingParams
+
+
+class Finish(StrEnum):
+    """Why a request ended. The values are OpenAI's ``finish_reason`` where OpenAI has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Mode(StrEnum):
+    """How many drafted tokens are verified."""
+
+    OFF = "off"
+    STATIC = "static"
+    ADAPTIVE = "adaptive"
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """A speculation mode; ``draft_len`` is k of ``static:k``, and the upper limit for ``adaptive`` (None: the drafter's)."""
+
+    mode: Mode = Mode.ADAPTIVE
+    draft_len: int | None = None
+
+    @staticmethod
+    def parse(text: str) -> Speculation:
+        """Read ``off`` (or ``plain``), ``static:K``, ``adaptive`` or ``adaptive:K``; ValueError otherwise."""
+        name, _, length = text.partition(":")
+        mode = Mode.OFF if name == "plain" else Mode(name)
+        if mode is Mode.OFF and length:
+            raise ValueError(f"speculation {text!r}: off takes no length")
+        if mode is Mode.STATIC and not length:
+            raise ValueError(f"speculation {text!r}: static needs a length, for example static:3")
+        if length and not 0 < int(length) <= 64:
+            raise ValueError(f"speculation {text!r}: the length must be from 1 to 64")
+        return Speculation(mode, int(length) if length else None)
+
+    def __str__(self) -> str:
+        return f"{self.mode}:{self.draft_len}" if self.draft_len else str(self.mode)
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyBudget:
+    """What the caller was promised: milliseconds to the first token and per token after it."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate (n = 1; ``SamplingParams.child`` makes the others).
+
+    ``noise_seed`` keys all random numbers of the request: the user's seed if there is one, otherwise drawn here,
+    once, so that a replay on another replica draws the same numbers.
+    ``prompt_token_ids`` may end with tokens already generated (a replay): ``num_prompt_tokens`` then says where the
+    prompt ends; 0 means that all of them are prompt.
+    """
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    latency_budget: LatencyBudget = field(default_factory=LatencyBudget)
+    speculation: Speculation | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    noise_seed: int = field(default_factory=lambda: secrets.randbits(63))
+    num_prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is not None:
+            object.__setattr__(self, "noise_seed", self.sampling.seed)
+        if self.num_prompt_tokens == 0:
+            object.__setattr__(self, "num_prompt_tokens", len(self.prompt_token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTurn:
+    """What a drafter learns about one request after a step.
+
+    ``tokens`` are the tokens that became known since the request's last turn (the first turn carries them all; a turn
+    of a prefill chunk carries none if none became known). ``features`` are the projected context features
+    [num_features, d] of positions ``feature_start ..`` that got KV in this step (None when the drafter has no taps).
+    ``max_draft`` is how many tokens the verifier may verify next; 0 means feed only, draft nothing.
+    """
+
+    request_id: str
+    base_len: int
+    tokens: tuple[int, ...]
+    feature_start: int
+    features: Any
+    max_draft: int
+    sampling: SamplingParams
+    noise_seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLaw:
+    """The law each drafted token was drawn from, as its support: ``ids`` [n, k] int64, ``probs`` [n, k] fp32 summing to 1.
+
+    Unused places of a row hold probability 0 (and any id).
+    """
+
+    ids: Any
+    probs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Drafted tokens of one request, parents before children; a chain has parents -1, 0, 1, …
+
+    ``confidence[i]`` estimates P(node i accepted | its parent accepted) and never looks at token i itself.
+    ``law`` None means that every token was chosen deterministically (a one-hot law).
+    """
+
+    request_id: str
+    base_len: int
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    confidence: tuple[float, ...]
+    law: DraftLaw | None = None
+
+    @staticmethod
+    def chain(request_id: str, base_len: int, tokens: Sequence[int], confidence: Sequence[float], law: DraftLaw | None = None) -> DraftTree:
+        """A tree without branches."""
+        return DraftTree(request_id, base_len, tuple(tokens), tuple(range(-1, len(tokens) - 1)), tuple(confidence), law)
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == i - 1 for i, parent in enumerate(self.parents))
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One request's share of a step: ``num_known`` known tokens from position ``start``, then ``num_draft`` drafted ones.
+
+    The row yields tokens if and only if it computes the anchor (``samples``); drafts follow an anchor only.
+    """
+
+    request_id: str
+    start: int
+    num_known: int
+    num_draft: int
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_known + self.num_draft
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyPlan:
+    """What one forward computes: the rows in order, padded to ``token_bucket`` tokens."""
+
+    rows: tuple[PlanRow, ...]
+    token_bucket: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpan:
+    """A request's KV: physical block ids in order, and how many positions hold committed KV."""
+
+    block_ids: tuple[int, ...]
+    committed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token under the target's raw law, its rank (1 = most likely), and the best alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one verifier step decided for one request."""
+
+    request_id: str
+    base_len: int  # known tokens after this step
+    tokens: tuple[int, ...]  # accepted draft tokens, then one of the target's own
+    accepted: int  # len(tokens) - 1, unless the request was cut
+    drafted: int = 0  # draft tokens verified in this step
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish: Finish | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """What a router may know about a verifier replica. ``age_s`` is how old the view is."""
+
+    id: str
+    address: str
+    queued: int
+    running: int
+    max_running: int
+    queued_tokens: int
+    free_blocks: int
+    num_blocks: int
+    draining: bool = False
+    acceptance_length: float = 1.0
+    step_costs: tuple[tuple[int, float], ...] = ()
+    prefix_digest: frozenset[int] = frozenset()
+    budgets_met: float = 1.0
+    age_s: float = 0.0
+
+
+class Drafter(Protocol):
+    """Where drafts come from. A lost draft is an empty tree, never an exception.
+
+    ``block_size``: most tokens drafted a round (γ). ``taps``: target layer ids whose outputs it wants
+    (id L is the output of layer L, -1 the embeddings); empty for drafters that read tokens only.
+    """
+
+    block_size: int
+    taps: tuple[int, ...]
+
+    def project(self, taps: Any) -> Any:
+        """Context features [n, d] of concatenated taps [n, len(taps) * d_target]; runs on the verifier."""
+
+    def propose(self, turns: Sequence[DraftTurn]) -> None:
+        """Take in what was committed and start drafting for every turn with ``max_draft`` > 0."""
+
+    def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
+        """Drafts of at most ``want[id]`` tokens that are ready within ``wait_s``; absent means none."""
+
+    def close(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that ended. Preempted requests are not closed."""
+
+
+class BlockTables(Protocol):
+    """Read access to the block tables, for drafters that keep their KV under the target's block ids."""
+
+    num_blocks: int
+    block_size: int
+
+    def table(self, request_id: str) -> Sequence[int]:
+        """Physical block ids of a running request, in order."""

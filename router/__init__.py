@@ -1,0 +1,1 @@
+"""Pure routing policy over replica views. No torch, no Ray, no clocks."""

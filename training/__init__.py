@@ -1,0 +1,1 @@
+"""Training of drafters: synthesize, drafter, calibrate, evaluate, export."""

@@ -1,0 +1,1 @@
+"""Where drafts come from: the drafters behind the seam ``dspark.types.Drafter``."""

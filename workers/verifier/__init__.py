@@ -1,0 +1,1 @@
+"""One verifier: sequences, KV blocks, scheduler, planner, runner, judge. No Ray, no HTTP."""

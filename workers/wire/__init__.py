@@ -1,0 +1,1 @@
+"""Messages and transports between processes: protobuf over gRPC. No pickle."""

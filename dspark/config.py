@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from dspark.errors import ConfigError
 from dspark.types import Speculation
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -37,3 +39,40 @@ class EngineConfig(BaseModel):
     def _parses(cls, value: str) -> str:
         Speculation.parse(value)
         return value
+
+
+class ServeConfig(BaseModel):
+    """A serving cluster: routers in front of verifiers that all run the same engine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine of every verifier")
+    model_name: str | None = Field(None, min_length=1, max_length=256, description="name clients ask for; None: the model's own")
+    host: str = Field("127.0.0.1", min_length=1, description="address the HTTP port binds to")
+    port: int = Field(8000, ge=1, le=65535, description="HTTP port")
+    num_verifiers: int = Field(1, ge=1, le=1024, description="verifier replicas, each with its own engine")
+    num_routers: int = Field(1, ge=1, le=256, description="ingress replicas")
+    max_body_bytes: int = Field(2 * 2**20, ge=1024, le=2**30, description="largest request body; more is refused with 413")
+    max_waiting: int = Field(256, ge=0, description="requests a router holds beyond what the verifiers run; more get 503 and Retry-After")
+    drain_s: float = Field(600.0, ge=0.0, le=86400.0, description="longest wait for running streams when a replica stops")
+    api_key: SecretStr | None = Field(None, description="clients must send it as a bearer token; prefer api_key_file or the environment")
+    api_key_file: Path | None = Field(None, description="file whose first line is the API key")
+    show_docs: bool = Field(True, description="serve /docs and /openapi.json")
+
+    @model_validator(mode="after")
+    def _one_key_source(self) -> ServeConfig:
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("api_key and api_key_file exclude each other")
+        return self
+
+    def read_api_key(self) -> SecretStr | None:
+        """The key clients must send, from ``api_key`` or ``api_key_file``; ConfigError when the file has none."""
+        if self.api_key_file is None:
+            return self.api_key
+        try:
+            key = self.api_key_file.read_text(encoding="utf-8").partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api_key_file {self.api_key_file} cannot be read: {error}") from error
+        if not key:
+            raise ConfigError(f"api_key_file {self.api_key_file} has an empty first line")
+        return SecretStr(key)

@@ -18,21 +18,23 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    model: str | None = Field(None, description="folder or hub name of the target; None is the embedded model")
-    revision: str | None = Field(None, description="revision of a hub model")
-    drafter: str = Field("auto", description="auto, none, ngram, or the folder of a DSpark drafter")
-    speculation: str = Field("adaptive", description="off, static:K, adaptive or adaptive:K")
-    dtype: DType = Field("auto", description="auto is bfloat16 where the device has it")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    max_model_len: int | None = Field(None, ge=16, description="longest prompt + output; None: the model's own limit, at most kv_tokens")
-    kv_tokens: int | None = Field(None, ge=64, description="KV pool size in tokens; None: from free memory")
-    max_num_seqs: int = Field(64, ge=1, le=4096, description="requests that run at once")
-    max_queued: int = Field(256, ge=0, description="requests that wait; more are refused as overload")
-    max_batch_tokens: int = Field(512, ge=16, le=65536, description="tokens of one step, drafted ones included")
-    prefix_cache: bool = Field(True, description="share KV blocks of equal prefixes")
-    draft_law_width: int = Field(64, ge=1, description="support of the draft law under the ratio rule")
-    profile: bool = Field(True, description="measure the step-cost table at start; without it adaptive never trims")
-    threads: int | None = Field(None, ge=1, description="CPU threads for tensor work; None: torch's default")
+    model: str | None = Field(default=None, description="folder or hub name of the target; None is the embedded model")
+    revision: str | None = Field(default=None, description="revision of a hub model")
+    drafter: str = Field(default="auto", description="auto, none, ngram, or the folder of a DSpark drafter")
+    speculation: str = Field(default="adaptive", description="off, static:K, adaptive or adaptive:K")
+    dtype: DType = Field(default="auto", description="auto is bfloat16 where the device has it")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    max_model_len: int | None = Field(
+        default=None, ge=16, description="longest prompt + output; None: the model's own limit, at most kv_tokens"
+    )
+    kv_tokens: int | None = Field(default=None, ge=64, description="KV pool size in tokens; None: from free memory")
+    max_num_seqs: int = Field(default=64, ge=1, le=4096, description="requests that run at once")
+    max_queued: int = Field(default=256, ge=0, description="requests that wait; more are refused as overload")
+    max_batch_tokens: int = Field(default=512, ge=16, le=65536, description="tokens of one step, drafted ones included")
+    prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
+    draft_law_width: int = Field(default=64, ge=1, description="support of the draft law under the ratio rule")
+    profile: bool = Field(default=True, description="measure the step-cost table at start; without it adaptive never trims")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads for tensor work; None: torch's default")
 
     @field_validator("speculation")
     @classmethod
@@ -46,18 +48,22 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
-    engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine of every verifier")
-    model_name: str | None = Field(None, min_length=1, max_length=256, description="name clients ask for; None: the model's own")
-    host: str = Field("127.0.0.1", min_length=1, description="address the HTTP port binds to")
-    port: int = Field(8000, ge=1, le=65535, description="HTTP port")
-    num_verifiers: int = Field(1, ge=1, le=1024, description="verifier replicas, each with its own engine")
-    num_routers: int = Field(1, ge=1, le=256, description="ingress replicas")
-    max_body_bytes: int = Field(2 * 2**20, ge=1024, le=2**30, description="largest request body; more is refused with 413")
-    max_waiting: int = Field(256, ge=0, description="requests a router holds beyond what the verifiers run; more get 503 and Retry-After")
-    drain_s: float = Field(600.0, ge=0.0, le=86400.0, description="longest wait for running streams when a replica stops")
-    api_key: SecretStr | None = Field(None, description="clients must send it as a bearer token; prefer api_key_file or the environment")
-    api_key_file: Path | None = Field(None, description="file whose first line is the API key")
-    show_docs: bool = Field(True, description="serve /docs and /openapi.json")
+    engine: EngineConfig = Field(default=EngineConfig(), description="the engine of every verifier")
+    model_name: str | None = Field(default=None, min_length=1, max_length=256, description="name clients ask for; None: the model's own")
+    host: str = Field(default="127.0.0.1", min_length=1, description="address the HTTP port binds to")
+    port: int = Field(default=8000, ge=1, le=65535, description="HTTP port")
+    num_verifiers: int = Field(default=1, ge=1, le=1024, description="verifier replicas, each with its own engine")
+    num_routers: int = Field(default=1, ge=1, le=256, description="ingress replicas")
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024, le=2**30, description="largest request body; more is refused with 413")
+    max_waiting: int = Field(
+        default=256, ge=0, description="requests a router holds beyond what the verifiers run; more get 503 and Retry-After"
+    )
+    drain_s: float = Field(default=600.0, ge=0.0, le=86400.0, description="longest wait for running streams when a replica stops")
+    api_key: SecretStr | None = Field(
+        default=None, description="clients must send it as a bearer token; prefer api_key_file or the environment"
+    )
+    api_key_file: Path | None = Field(default=None, description="file whose first line is the API key")
+    show_docs: bool = Field(default=True, description="serve /docs and /openapi.json")
 
     @model_validator(mode="after")
     def _one_key_source(self) -> ServeConfig:

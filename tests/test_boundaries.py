@@ -102,8 +102,15 @@ def room_of_import(name: str) -> str:
     return next((room for folder, room in OUR_FOLDERS.items() if path.startswith(folder + "/")), "face")
 
 
+def imported_by_call(call: ast.Call) -> str | None:
+    """The module that ``import_module("…")`` or ``__import__("…")`` names, if it is written out."""
+    if ast.unparse(call.func).split(".")[-1] not in ("import_module", "__import__") or not call.args:
+        return None
+    return str(call.args[0].value) if isinstance(call.args[0], ast.Constant) else None
+
+
 def imports(source: str, path: str) -> Iterator[Import]:
-    """Every import of a file, relative ones resolved, ``import_module("…")`` and ``__import__("…")`` included."""
+    """Every import of a file, relative ones resolved, imports by call included."""
     package = ["dspark", *Path(path.removeprefix("dspark/")).parts[:-1]]
 
     def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
@@ -112,9 +119,8 @@ def imports(source: str, path: str) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])] if node.level else [node.module or ""]
             yield from (Import(".".join([*base, alias.name]), node.lineno, lazy) for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-                yield Import(str(node.args[0].value), node.lineno, lazy)
+        elif isinstance(node, ast.Call) and (name := imported_by_call(node)):
+            yield Import(name, node.lineno, lazy)
         if isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING":
             for branch, is_typing in ((node.body, True), (node.orelse, False)):
                 for statement in branch:

@@ -1,0 +1,47 @@
+"""The drafter's side of both acceptance rules: the law a token is drawn from, and the draw.
+
+::
+
+    logits        [R, V]   fp32 or bf16   one row a request, Markov bias included
+    temperature   [R]      fp32           0: the argmax, as a one-hot law
+    ids, probs    [R, k]   int64, fp32    the law: renormalised softmax over the k largest logits
+    seeds, positions, base_lens  [R] int64; coupled [R] bool
+
+A ratio row must ship exactly the law its token was drawn from; a coupled row draws with the target's own noise, and
+ships nothing. Neither reads the target's logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dspark.kernels.keyed_random import DRAFT, TOKEN, race
+
+MIN_TEMPERATURE = 1e-30  # below it logits / temperature would overflow; the law is the argmax long before
+
+
+def truncate_law(logits: Tensor, temperature: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The softmax at the temperature over the ``width`` largest logits of each row: (ids [R, k], probs [R, k] fp32), k = min(width, V).
+
+    The ids of a row go from the largest logit down. ``width`` must be at least 1.
+    """
+    top = logits.topk(min(width, logits.shape[1]), dim=-1)
+    values = top.values.to(torch.float32)
+    scale = temperature.to(torch.float32).clamp(min=MIN_TEMPERATURE)[:, None]
+    probs = torch.softmax((values - values[:, :1]) / scale, dim=-1)
+    one_hot = torch.zeros_like(probs)
+    one_hot[:, 0] = 1.0
+    return top.indices, torch.where((temperature == 0)[:, None], one_hot, probs)
+
+
+def draw(ids: Tensor, probs: Tensor, seeds: Tensor, positions: Tensor, base_lens: Tensor, coupled: Tensor) -> Tensor:
+    """Draw a token a row from the law (ids, probs): tokens [R] int64.
+
+    Coupled rows use the target's noise at the position; ratio rows use noise of their own, salted with the round's
+    base_len so that a position drafted again draws afresh.
+    """
+    purpose = torch.where(coupled, TOKEN, DRAFT)
+    salt = torch.where(coupled, 0, base_lens)
+    columns = race(probs, seeds, positions, purpose, ids, salt)
+    return ids.gather(1, columns[:, None]).squeeze(1)

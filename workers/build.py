@@ -1,0 +1,178 @@
+"""Assemble an engine from its configuration: target, KV pool, drafter, cost table.
+
+The only place where the verifier and the drafter rooms meet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dspark.config import EngineConfig
+from dspark.deploy.default_model import DEFAULT_MODEL_NAME, default_cache, default_drafter, prepare
+from dspark.errors import ConfigError
+from dspark.types import Drafter, Mode, Speculation
+from dspark.workers.drafter.ngram import NgramDrafter
+from dspark.workers.drafter.none import NoDrafter
+from dspark.workers.verifier.blocks import BLOCK_SIZE, BlockPool
+from dspark.workers.verifier.engine import Engine, EngineOptions
+from dspark.workers.verifier.profile import measure_costs
+from dspark.workers.verifier.scheduler import Limits
+from dspark.workers.verifier.targets import Target, as_target, check_model_folder, load_model, load_tokenizer
+
+Progress = Callable[[str], None]
+KV_SHARE = {"cpu": 0.15, "cuda": 0.7}  # of the memory that is free after loading the weights
+MAX_CPU_KV_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A ready engine. ``config`` holds the effective settings; ``describe`` what to show at start."""
+
+    engine: Engine
+    tokenizer: Any
+    model_name: str
+    config: EngineConfig
+    describe: dict[str, Any]
+
+
+def load_engine(config: EngineConfig, progress: Progress = lambda _: None) -> Loaded:
+    """Build an engine; ConfigError names the setting that cannot work."""
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    folder = config.model or str(prepare(default_cache(), progress))
+    check_model_folder(folder)
+    progress(f"loading {config.model or DEFAULT_MODEL_NAME} as {str(dtype).removeprefix('torch.')} on {device}")
+    target = as_target(load_model(folder, dtype, device, config.revision), config.model or DEFAULT_MODEL_NAME)
+    tokenizer = load_tokenizer(folder, config.revision)
+    return assemble(target, tokenizer, config, progress)
+
+
+def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Progress = lambda _: None) -> Loaded:
+    """An engine around a loaded target."""
+    kv_tokens = _kv_tokens(config, target)
+    max_model_len = _max_model_len(config, target, kv_tokens)
+    pool = BlockPool(kv_tokens // BLOCK_SIZE)
+    drafter, drafter_name = _drafter(config, target, pool)
+    options = EngineOptions(
+        max_model_len=max_model_len,
+        limits=Limits(config.max_num_seqs, max(config.max_batch_tokens, config.max_num_seqs), config.prefix_cache),
+        max_queued=config.max_queued,
+        speculation=Speculation.parse(config.speculation),
+    )
+    engine = Engine(target, pool, drafter, options, tokenizer)
+    speculates = options.speculation.mode is Mode.ADAPTIVE and drafter.block_size > 0
+    if speculates and config.profile:
+        progress("measuring step costs")
+        engine.set_costs(measure_costs(engine, progress))
+    elif speculates:
+        progress("WARNING: no step-cost table (profile: false): adaptive speculation verifies every drafted token")
+    effective = config.model_copy(
+        update={
+            "drafter": drafter_name,
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "device": str(target.device),
+            "max_model_len": max_model_len,
+            "kv_tokens": kv_tokens,
+            "max_batch_tokens": options.limits.max_batch_tokens,
+            "threads": torch.get_num_threads(),
+        }
+    )
+    return Loaded(engine, tokenizer, Path(target.name).name, effective, _describe(engine, effective))
+
+
+def _describe(engine: Engine, config: EngineConfig) -> dict[str, Any]:
+    target, pool = engine.target, engine.pool
+    tokens = pool.num_blocks * pool.block_size
+    return {
+        **config.model_dump(),
+        "architecture": type(target.model).__name__,
+        "parameters": sum(p.numel() for p in target.model.parameters()),
+        "draft_block_size": engine.drafter.block_size,
+        "kv_capacity_tokens": tokens,
+        "kv_capacity_bytes": tokens * target.kv_bytes_per_token,
+        "kv_capacity_requests": tokens // engine.options.max_model_len,
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not known; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: this machine has no usable CUDA device")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]  # the names are checked by EngineConfig
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def _kv_tokens(config: EngineConfig, target: Target) -> int:
+    """Size of the KV pool in tokens, a multiple of the block size."""
+    per_token = target.kv_bytes_per_token
+    free = _free_bytes(target.device)
+    if config.kv_tokens is None:
+        share = KV_SHARE[target.device.type] * free
+        room = min(share, MAX_CPU_KV_BYTES) if target.device.type == "cpu" else share
+        wanted = max(int(room / per_token), 64)
+    else:
+        wanted = config.kv_tokens
+    if wanted * per_token > free:
+        raise ConfigError(
+            f"kv_tokens {wanted} takes {wanted * per_token / 2**30:.2f} GiB ({per_token} bytes a token),"
+            f" but only {free / 2**30:.2f} GiB are free on {target.device}"
+        )
+    return max(wanted // BLOCK_SIZE, 2) * BLOCK_SIZE
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _max_model_len(config: EngineConfig, target: Target, kv_tokens: int) -> int:
+    if config.max_model_len is None:
+        return min(target.max_position, kv_tokens)
+    if config.max_model_len > target.max_position:
+        raise ConfigError(f"max_model_len {config.max_model_len} is over the model's own limit of {target.max_position}")
+    if config.max_model_len > kv_tokens:
+        raise ConfigError(f"max_model_len {config.max_model_len} is over kv_tokens {kv_tokens}: one request would not fit")
+    return config.max_model_len
+
+
+def _drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Drafter, str]:
+    """The drafter that the configuration names, and the name that says what ``auto`` became."""
+    name = config.drafter
+    if Speculation.parse(config.speculation).mode is Mode.OFF or name == "none":
+        return NoDrafter(), "none"
+    if name == "auto":
+        embedded = default_drafter() if config.model is None else None
+        name = str(embedded) if embedded is not None else "ngram"
+    if name == "ngram":
+        return NgramDrafter(), "ngram"
+    return _local_drafter(Path(name), config, target, pool), name
+
+
+def _local_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool) -> Drafter:
+    from dspark.workers.drafter.dialects import load_drafter
+    from dspark.workers.drafter.local import LocalDrafter
+    from dspark.workers.drafter.target_head import TargetHead
+
+    head = TargetHead.of(target.model)
+    module = load_drafter(folder, head, target.dtype, target.device)
+    return LocalDrafter(module, pool, law_width=config.draft_law_width)

@@ -1,0 +1,44 @@
+"""What an engine counts; read by metrics and the bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dspark.sampling import AcceptanceRule
+
+
+@dataclass(slots=True)
+class RuleCounters:
+    """Rounds that verified drafts under one acceptance rule."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Totals since start."""
+
+    steps: int = 0
+    step_tokens: int = 0  # tokens computed, drafted ones included
+    rounds: int = 0  # request x step pairs that yielded tokens
+    drafted_rounds: int = 0  # of those, with at least one drafted token
+    drafted: int = 0
+    accepted: int = 0
+    generated: int = 0
+    by_rule: dict[AcceptanceRule, RuleCounters] = field(default_factory=lambda: {rule: RuleCounters() for rule in AcceptanceRule})
+
+    def count_round(self, drafted: int, accepted: int, generated: int, rule: AcceptanceRule) -> None:
+        """Take in one request's share of a step."""
+        self.rounds += 1
+        self.drafted_rounds += drafted > 0
+        self.drafted += drafted
+        self.accepted += accepted
+        self.generated += generated
+        self.by_rule[rule].drafted += drafted
+        self.by_rule[rule].accepted += accepted
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens committed a round, the target's own included (tau)."""
+        return 1.0 + self.accepted / self.rounds if self.rounds else 1.0

@@ -1,0 +1,252 @@
+"""The verifier engine: continuous batching of lossless speculative decoding. No Ray, no HTTP, one thread.
+
+``step`` is the figure of the paper: collect drafts, plan, forward, judge, commit, propose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dspark.errors import BadRequest, Overloaded
+from dspark.types import Drafter, DraftTree, DraftTurn, Finish, Mode, Request, Speculation, StepOutcome, VerifyPlan
+from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.verifier.costs import CostTable
+from dspark.workers.verifier.counters import EngineCounters
+from dspark.workers.verifier.finish import Cut, cut
+from dspark.workers.verifier.judge import JudgeItem, Verdict, judge, prompt_logprobs
+from dspark.workers.verifier.laws import check_sampling
+from dspark.workers.verifier.runner import Runner, StepResult
+from dspark.workers.verifier.scheduler import Limits, Scheduler
+from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.targets import Target
+from dspark.workers.verifier.text import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Settings of an engine that are not about memory or the model."""
+
+    max_model_len: int
+    limits: Limits
+    max_queued: int = 256
+    speculation: Speculation = Speculation()
+    draft_wait_s: float = 0.05
+
+
+class Engine:
+    """Serves requests with one target and one drafter; every public call must come from one thread at a time."""
+
+    def __init__(self, target: Target, pool: BlockPool, drafter: Drafter, options: EngineOptions, tokenizer: Any = None) -> None:
+        self.target = target
+        self.pool = pool
+        self.drafter = drafter
+        self.options = options
+        self.tokenizer = tokenizer
+        self.runner = Runner(target, pool, drafter.taps)
+        self.scheduler = Scheduler(pool, options.limits)
+        self.counters = EngineCounters()
+        self.sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences)
+
+    def set_costs(self, costs: CostTable) -> None:
+        """Let adaptive speculation trim by this table; without one it verifies every draft."""
+        self.scheduler.costs = costs
+
+    def add(self, request: Request) -> None:
+        """Queue a request; BadRequest names the field, Overloaded when too many wait."""
+        self.check(request)
+        if len(self.scheduler.waiting) >= self.options.max_queued:
+            raise Overloaded(f"{len(self.scheduler.waiting)} requests are waiting, the limit is {self.options.max_queued}")
+        speculation = request.speculation or self.options.speculation
+        sequence = Sequence.of(request, speculation, self.options.max_model_len)
+        if request.sampling.stop:
+            sequence.text = TextStream(self.tokenizer, request.sampling)
+            sequence.text.push(sequence.output)
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def check(self, request: Request) -> None:
+        """Raise BadRequest if this engine could never serve the request."""
+        if request.id in self.sequences:
+            raise BadRequest(f"request id {request.id!r} is in use", "request_id")
+        if not request.prompt_token_ids:
+            raise BadRequest("the prompt is empty", "prompt")
+        length, limit = len(request.prompt_token_ids), self.options.max_model_len
+        if length >= limit:
+            raise BadRequest(
+                f"the prompt has {length} tokens; at most {limit - 1} fit (the model's context of {limit} less one token of output)",
+                "prompt",
+                "context_length_exceeded",
+            )
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < self.target.vocab_size:
+            raise BadRequest(f"a prompt token id is outside 0 to {self.target.vocab_size - 1}", "prompt")
+        if request.sampling.n != 1:
+            raise BadRequest("the engine runs one choice a request", "n")
+        if request.sampling.stop and self.tokenizer is None:
+            raise BadRequest("stop strings need a tokenizer, and this model has none", "stop")
+        check_sampling(request.sampling, self.target.vocab_size)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; its blocks go back at once. Unknown ids (already ended) are fine."""
+        if (sequence := self.sequences.get(request_id)) is not None:
+            self._forget([sequence])
+
+    def step(self) -> list[StepOutcome]:
+        """Run one round for everything that is admitted; one outcome for each request that got tokens or ended."""
+        self._collect()
+        plan = self.scheduler.plan()
+        if not plan.rows:
+            return []
+        result = self.runner.forward(plan, self.sequences)
+        verdicts = self._judge(plan, result)
+        outcomes, turns = self._commit(plan, result, verdicts)
+        self._propose(turns, result.taps)
+        return outcomes
+
+    def _collect(self) -> None:
+        """Attach the drafts that are ready; a stale or missing one is no draft."""
+        want = {s.id: s.drafts_wanted for s in self.scheduler.running if s.drafts_wanted}
+        drafts: dict[str, DraftTree] = self.drafter.collect(want, self.options.draft_wait_s) if want else {}
+        for sequence in self.scheduler.running:
+            draft = drafts.get(sequence.id)
+            sequence.draft = draft if draft is not None and draft.base_len == sequence.num_known and draft.is_chain else None
+
+    def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:
+        items = []
+        for row, first in zip(plan.rows, result.first_row, strict=True):
+            if row.samples:
+                sequence = self.sequences[row.request_id]
+                items.append(
+                    JudgeItem(
+                        request_id=row.request_id,
+                        sampling=sequence.request.sampling,
+                        noise_seed=sequence.request.noise_seed,
+                        prompt=sequence.request.prompt_token_ids[: sequence.num_prompt],
+                        output=sequence.output,
+                        draft=_trim(sequence.draft, row.num_draft),
+                        first_row=first,
+                        stop_ids=self._stop_ids(sequence),
+                    )
+                )
+        verdicts = judge(result.logits, items) if items else []
+        return {item.request_id: verdict for item, verdict in zip(items, verdicts, strict=True)}
+
+    def _stop_ids(self, sequence: Sequence) -> tuple[int, ...]:
+        sampling = sequence.request.sampling
+        return (() if sampling.ignore_eos else self.target.eos_ids) + sampling.stop_token_ids
+
+    def _commit(
+        self, plan: VerifyPlan, result: StepResult, verdicts: dict[str, Verdict]
+    ) -> tuple[list[StepOutcome], list[tuple[Sequence, int, int, int]]]:
+        """Commit every row; returns outcomes, and (request, first flat token, first position, count) of each row's kept tokens."""
+        outcomes: list[StepOutcome] = []
+        turns: list[tuple[Sequence, int, int, int]] = []
+        ended: list[Sequence] = []
+        flat = 0
+        self.counters.steps += 1
+        self.counters.step_tokens += plan.num_tokens
+        for index, row in enumerate(plan.rows):
+            sequence = self.sequences[row.request_id]
+            self._score_prompt(sequence, row.start, result, index)
+            verdict = verdicts.get(row.request_id)
+            kept = row.num_known + (verdict.accepted if verdict else 0)
+            if verdict is not None:
+                outcome = self._commit_tokens(sequence, verdict, row.num_draft)
+                outcomes.append(outcome)
+                if outcome.finish is not None:
+                    ended.append(sequence)
+            if not ended or ended[-1] is not sequence:
+                turns.append((sequence, flat, row.start, kept))
+            self.scheduler.commit(sequence, min(row.start + kept, sequence.num_known))
+            flat += row.num_tokens
+        self._forget(ended)
+        return outcomes, turns
+
+    def _commit_tokens(self, sequence: Sequence, verdict: Verdict, num_draft: int) -> StepOutcome:
+        """Append a verdict's tokens as far as the request still runs."""
+        done: Cut = cut(sequence, verdict.tokens, self.target.eos_ids)
+        is_first = not sequence.output
+        sequence.append(done.tokens)
+        self.counters.count_round(num_draft, verdict.accepted, len(done.tokens), sequence.request.sampling.rule)
+        return StepOutcome(
+            request_id=sequence.id,
+            base_len=sequence.num_known,
+            tokens=done.tokens,
+            accepted=min(verdict.accepted, len(done.tokens)),
+            drafted=num_draft,
+            logprobs=verdict.logprobs[: len(done.tokens)] if verdict.logprobs is not None else None,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if is_first and sequence.wants_prompt_logprobs else None,
+            finish=done.finish,
+            stop_reason=done.stop_reason,
+            num_cached_tokens=sequence.num_cached,
+        )
+
+    def _score_prompt(self, sequence: Sequence, start: int, result: StepResult, index: int) -> None:
+        """Collect prompt log-probabilities of a chunk, once (a resumed request computes its prompt again)."""
+        count = result.num_scored[index]
+        if not sequence.wants_prompt_logprobs:
+            return
+        if not sequence.prompt_logprobs:
+            sequence.prompt_logprobs.append(None)  # nothing predicts the first token
+        if count and start + 1 == len(sequence.prompt_logprobs):
+            first = result.first_row[index] - count
+            tokens = sequence.tokens[start + 1 : start + 1 + count]
+            top = sequence.request.sampling.prompt_logprobs or 0
+            sequence.prompt_logprobs.extend(prompt_logprobs(result.logits[first : first + count], tokens, top))
+
+    def _propose(self, turns: Seq[tuple[Sequence, int, int, int]], taps: Tensor | None) -> None:
+        """Tell the drafter what became known, with the projected features of every position that got KV for good."""
+        features: list[Tensor | None] = [None] * len(turns)
+        if taps is not None and turns:
+            rows = [i for _, flat, _, kept in turns for i in range(flat, flat + kept)]
+            projected = self.drafter.project(taps[rows])
+            features = list(projected.split([kept for _, _, _, kept in turns]))
+        may_draft = self.scheduler.gate.is_open()
+        messages = []
+        for (sequence, _, start, _), feature in zip(turns, features, strict=True):
+            is_ready = sequence.num_pending == 1 and sequence.id in self.sequences
+            skips = not may_draft and sequence.speculation.mode is Mode.ADAPTIVE
+            sequence.drafts_wanted = sequence.max_draft(self.drafter.block_size) if is_ready and not skips else 0
+            messages.append(
+                DraftTurn(
+                    request_id=sequence.id,
+                    base_len=sequence.num_known,
+                    tokens=tuple(sequence.tokens[sequence.num_taught :]),
+                    feature_start=start,
+                    features=feature,
+                    max_draft=sequence.drafts_wanted,
+                    sampling=sequence.request.sampling,
+                    noise_seed=sequence.request.noise_seed,
+                )
+            )
+            sequence.num_taught = sequence.num_known
+        self.drafter.propose(messages)
+
+    def _forget(self, ended: Seq[Sequence]) -> None:
+        for sequence in ended:
+            del self.sequences[sequence.id]
+            self.scheduler.remove(sequence)
+        if ended:
+            self.drafter.close([sequence.id for sequence in ended])
+
+
+def _trim(draft: DraftTree | None, length: int) -> DraftTree | None:
+    """The first ``length`` nodes of a chain; the law rows go with them."""
+    if draft is None or not length:
+        return None
+    if length == len(draft.tokens):
+        return draft
+    law = None if draft.law is None else type(draft.law)(draft.law.ids[:length], draft.law.probs[:length])
+    return DraftTree.chain(draft.request_id, draft.base_len, draft.tokens[:length], draft.confidence[:length], law)
+
+
+def abort_outcome(request_id: str, base_len: int, finish: Finish, error: str | None = None) -> StepOutcome:
+    """The last outcome of a request that did not end by itself."""
+    return StepOutcome(request_id, base_len, (), 0, finish=finish, error=error)

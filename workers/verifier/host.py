@@ -1,0 +1,200 @@
+"""An engine on a thread of its own: thread-safe submit and cancel, outcomes handed out once a step.
+
+Everything that touches the engine runs on that thread; callers leave requests and cancellations in an inbox.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from dspark.errors import BadRequest, DSparkError, Overloaded, WorkerLost
+from dspark.types import Finish, ReplicaView, Request, StepOutcome
+from dspark.workers.verifier.engine import Engine, abort_outcome
+
+log = logging.getLogger(__name__)
+
+Sink = Callable[[Sequence[StepOutcome]], None]
+STALL_S = 60.0  # queued work without a finished step for this long is unhealthy
+
+
+class EngineHost:
+    """Runs ``Engine.step`` while there is work. A failed step ends every request with an error and the host for good."""
+
+    def __init__(self, engine: Engine, stall_s: float = STALL_S) -> None:
+        self.engine = engine
+        self.stall_s = stall_s
+        self._wake = threading.Condition(threading.RLock())
+        self._inbox: deque[tuple[str, Request | None]] = deque()  # (request id, request to add or None to cancel)
+        self._sinks: dict[str, Sink] = {}
+        self._num_queued = 0  # submitted, not yet added to the engine
+        self._closing = False
+        self._draining = False
+        self._failure: BaseException | None = None
+        self._last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin serving."""
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request; its outcomes reach ``sink`` on the engine thread. Raises BadRequest, Overloaded or WorkerLost."""
+        with self._wake:
+            self._check_open()
+            engine = self.engine
+            engine.check(request)
+            if request.id in self._sinks:
+                raise BadRequest(f"request id {request.id!r} is in use", "request_id")
+            waiting = self._num_queued + len(engine.scheduler.waiting)
+            if waiting >= engine.options.max_queued:
+                raise Overloaded(f"{waiting} requests are waiting, the limit is {engine.options.max_queued}")
+            if not self._sinks:
+                self._last_progress = time.monotonic()
+            self._sinks[request.id] = sink
+            self._num_queued += 1
+            self._inbox.append((request.id, request))
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request; no further outcome of it reaches its sink. Unknown ids are fine."""
+        with self._wake:
+            if self._sinks.pop(request_id, None) is not None:
+                self._inbox.append((request_id, None))
+                self._wake.notify()
+
+    def is_healthy(self) -> bool:
+        """Whether work, if there is any, moves forward."""
+        if self._failure is not None or not self._thread.is_alive():
+            return False
+        return not self._sinks or time.monotonic() - self._last_progress < self.stall_s
+
+    def view(self, replica_id: str, address: str) -> ReplicaView:
+        """What a router may know of this replica now."""
+        engine = self.engine
+        waiting = list(engine.scheduler.waiting)
+        costs = engine.scheduler.costs
+        return ReplicaView(
+            id=replica_id,
+            address=address,
+            queued=self._num_queued + len(waiting),
+            running=len(engine.scheduler.running),
+            max_running=engine.options.limits.max_num_seqs,
+            queued_tokens=sum(s.num_pending for s in waiting),
+            free_blocks=engine.pool.num_free,
+            num_blocks=engine.pool.num_blocks,
+            draining=self._draining or self._closing,
+            acceptance_length=engine.counters.acceptance_length,
+            step_costs=() if costs is None else tuple(zip(costs.verify.sizes, costs.verify.seconds, strict=True)),
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges for metrics."""
+        engine = self.engine
+        counters, scheduler, pool = engine.counters, engine.scheduler, engine.pool
+        return {
+            "num_requests_running": len(scheduler.running),
+            "num_requests_waiting": self._num_queued + len(scheduler.waiting),
+            "num_blocks": pool.num_blocks,
+            "num_free_blocks": pool.num_free,
+            "kv_cache_usage_perc": 1.0 - pool.num_free / pool.num_blocks,
+            "preemptions_total": scheduler.counters.preemptions,
+            "prefix_cache_queries_total": scheduler.counters.prefix_queries,
+            "prefix_cache_hits_total": scheduler.counters.prefix_hits,
+            "steps_total": counters.steps,
+            "step_tokens_total": counters.step_tokens,
+            "rounds_total": counters.rounds,
+            "drafted_rounds_total": counters.drafted_rounds,
+            "draft_tokens_total": counters.drafted,
+            "accepted_tokens_total": counters.accepted,
+            "generation_tokens_total": counters.generated,
+        }
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the running ones; False if some are left after ``timeout_s``."""
+        with self._wake:
+            self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._sinks and self._failure is None:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def close(self) -> None:
+        """Stop the thread; requests that still run end with ``abort``."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise WorkerLost(f"the engine failed: {self._failure}")
+        if self._closing or self._draining:
+            raise WorkerLost("this replica is shutting down")
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                self._deliver(self.engine.step())
+                self._last_progress = time.monotonic()
+            self._end_all(Finish.ABORT, None)
+        except BaseException as failure:
+            log.exception("the engine failed; all its requests end")
+            self._failure = failure
+            self._end_all(Finish.ERROR, f"{type(failure).__name__}: {failure}")
+
+    def _take_inbox(self) -> bool:
+        """Wait for work and move the inbox into the engine; False when closing."""
+        with self._wake:
+            while not (self._inbox or self.engine.has_work or self._closing):
+                self._wake.wait()
+            if self._closing:
+                return False
+            while self._inbox:
+                request_id, request = self._inbox.popleft()
+                if request is None:
+                    self.engine.abort(request_id)
+                    continue
+                self._num_queued -= 1
+                if request_id in self._sinks:  # not cancelled meanwhile
+                    self._add(request)
+        return True
+
+    def _add(self, request: Request) -> None:
+        """Hand a checked request to the engine; what it refuses all the same ends with an error, not the engine."""
+        try:
+            self.engine.add(request)
+        except DSparkError as error:
+            self._deliver([abort_outcome(request.id, 0, Finish.ERROR, str(error))])
+
+    def _deliver(self, outcomes: Sequence[StepOutcome]) -> None:
+        """One call a sink, whatever the number of its requests."""
+        batches: dict[Sink, list[StepOutcome]] = {}
+        for outcome in outcomes:
+            sink = self._sinks.get(outcome.request_id)
+            if sink is not None:
+                batches.setdefault(sink, []).append(outcome)
+                if outcome.finish is not None:
+                    self._sinks.pop(outcome.request_id, None)
+        for sink, batch in batches.items():
+            try:
+                sink(batch)
+            except Exception:
+                log.exception("a receiver failed; its %d requests are cancelled", len(batch))
+                for outcome in batch:
+                    self.cancel(outcome.request_id)
+
+    def _end_all(self, finish: Finish, error: str | None) -> None:
+        with self._wake:
+            sinks, self._sinks = self._sinks, {}
+            self._inbox.clear()
+            self._num_queued = 0
+        for request_id, sink in sinks.items():
+            sequence = self.engine.sequences.get(request_id)
+            sink([abort_outcome(request_id, sequence.num_known if sequence else 0, finish, error)])

@@ -1,0 +1,97 @@
+"""One forward of the target over the rows of a plan, on one flat token axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.kernels.paged_attention import AttentionRow, PagedBatch
+from dspark.types import PlanRow, VerifyPlan
+from dspark.workers.verifier.attention import KVStore, PagedStep, embedding_hook, tap_hook
+from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.targets import Target
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a forward leaves: logits [L, V] of the wanted tokens and taps [T, m * d] of all real tokens.
+
+    ``first_row[i]`` is the first logits row of plan row i: ``1 + num_draft`` rows if it samples, preceded by
+    ``num_scored[i]`` rows that only score prompt tokens.
+    """
+
+    logits: Tensor
+    first_row: list[int]
+    num_scored: list[int]
+    taps: Tensor | None
+
+
+class Runner:
+    """Owns the KV pools; turns a plan into tensors and runs the model."""
+
+    def __init__(self, target: Target, pool: BlockPool, taps: tuple[int, ...]) -> None:
+        self.target = target
+        self.pool = pool
+        self.taps = taps
+        self.store = KVStore(target.layers, pool.num_blocks, pool.block_size, torch.empty(0, dtype=target.dtype, device=target.device))
+        layers = target.decoder_layers()
+        for tap in taps:
+            if tap == -1:
+                layers[0].register_forward_pre_hook(embedding_hook, with_kwargs=True)
+            else:
+                layers[tap].register_forward_hook(tap_hook(tap), with_kwargs=True)
+
+    @torch.inference_mode()
+    def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
+        """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""
+        device = self.target.device
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows: list[AttentionRow] = []
+        wanted: list[int] = []
+        first_row: list[int] = []
+        num_scored: list[int] = []
+        for row in plan.rows:
+            sequence = sequences[row.request_id]
+            table = self.pool.table(row.request_id)
+            begin, end = row.start, row.start + row.num_tokens
+            rows.append(AttentionRow(len(ids), row.num_tokens, end, table))
+            scored = _num_scored(row, sequence)
+            first = len(ids) + row.num_known - (1 if row.samples else 0)
+            wanted.extend(range(len(ids), len(ids) + scored))
+            first_row.append(len(wanted))
+            num_scored.append(scored)
+            if row.samples:
+                wanted.extend(range(first, first + 1 + row.num_draft))
+            ids.extend(sequence.tokens[begin : begin + row.num_known])
+            if row.num_draft and sequence.draft is not None:
+                ids.extend(sequence.draft.tokens[: row.num_draft])
+            positions.extend(range(begin, end))
+            slots.extend(self._slots(table, begin, end))
+        padding = plan.token_bucket - len(ids)
+        step = PagedStep(self.store, PagedBatch.plan(rows, self.pool.block_size, device), torch.tensor(slots, device=device))
+        output = self.target.model(
+            torch.tensor([ids + [0] * padding], device=device),
+            position_ids=torch.tensor([positions + [0] * padding], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=device),
+            step=step,
+        )
+        taps = torch.cat([step.taps[tap][: len(ids)] for tap in self.taps], dim=-1) if self.taps else None
+        return StepResult(output.logits[0], first_row, num_scored, taps)
+
+    def _slots(self, table: object, begin: int, end: int) -> list[int]:
+        size = self.pool.block_size
+        return [table[p // size] * size + p % size for p in range(begin, end)]  # type: ignore[index]
+
+
+def _num_scored(row: PlanRow, sequence: Sequence) -> int:
+    """How many of the row's tokens are asked for prompt log-probabilities (each scores the token after it)."""
+    if not sequence.wants_prompt_logprobs:
+        return 0
+    return max(0, min(row.start + row.num_known, sequence.num_prompt - 1) - row.start)

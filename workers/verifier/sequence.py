@@ -1,0 +1,86 @@
+"""One request inside the engine: what is known, what has KV, and what it may still produce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
+from dspark.workers.verifier.blocks import chain_hash, root_hash
+from dspark.workers.verifier.text import TextStream
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable state of a request. ``tokens`` are all known tokens; positions ``< num_computed`` have KV.
+
+    A request that prefills, decodes, resumes after preemption or verifies drafts is always the same case: its computed
+    tokens catch up with its known tokens, and if they do, the step yields new ones.
+    """
+
+    request: Request
+    speculation: Speculation
+    max_len: int  # known tokens at which it must end
+    tokens: list[int]
+    num_prompt: int  # the tokens before this index are the prompt; the rest is output
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    admitted: bool = False  # it has run before (a later admission is a resume)
+    drafts_wanted: int = 0  # what the drafter was asked for after the last step
+    draft: DraftTree | None = None
+    text: TextStream | None = None  # only for requests with stop strings
+    num_taught: int = 0  # known tokens that the drafter has been told
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    _hashes: list[bytes] = field(default_factory=list)
+    _output: list[int] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_known(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens without KV; 1 while it decodes (the anchor)."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def output(self) -> list[int]:
+        """Committed output tokens (not a copy: do not change it)."""
+        return self._output
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.request.sampling.prompt_logprobs is not None
+
+    def append(self, tokens: tuple[int, ...]) -> None:
+        """Commit output tokens."""
+        self.tokens.extend(tokens)
+        self._output.extend(tokens)
+
+    def max_draft(self, block_size: int) -> int:
+        """How many drafted tokens could still be of use: one position is always the target's own."""
+        if self.speculation.mode is Mode.OFF:
+            return 0
+        limit = block_size if self.speculation.draft_len is None else min(block_size, self.speculation.draft_len)
+        return max(0, min(limit, self.max_len - self.num_known - 1))
+
+    def hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
+        """Chained hashes of the first ``num_blocks`` full blocks of known tokens."""
+        while len(self._hashes) < num_blocks:
+            index = len(self._hashes)
+            parent = self._hashes[-1] if self._hashes else root_hash(self.request.cache_salt)
+            self._hashes.append(chain_hash(parent, self.tokens[index * block_size : (index + 1) * block_size]))
+        return self._hashes[:num_blocks]
+
+    @staticmethod
+    def of(request: Request, speculation: Speculation, max_model_len: int) -> Sequence:
+        """The state of a new request; tokens behind ``num_prompt_tokens`` (a replay) count as its output."""
+        prompt = request.num_prompt_tokens
+        limit = max_model_len
+        if request.sampling.max_tokens is not None:
+            limit = min(limit, prompt + request.sampling.max_tokens)
+        tokens = list(request.prompt_token_ids)
+        return Sequence(request, speculation, limit, tokens, prompt, _output=tokens[prompt:])

@@ -57,6 +57,23 @@ def word_piece() -> PreTrainedTokenizerFast:
     return _wrap(backend)
 
 
+class Stripping:
+    """As tokenizers written in Python: no backend, strips both ends of what it decodes, fails on unknown ids."""
+
+    all_special_ids = (0,)
+    names = ("<s>", "▁", "▁the", "a", "b", "<0x0A>", "STOP")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.names[token]
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        visible = [token for token in tokens if token < len(self.names) and not (skip_special_tokens and token == 0)]
+        return "".join(self.names[token] for token in visible).replace("▁", " ").replace("<0x0A>", "\n").strip()
+
+
 @lru_cache(maxsize=1)
 def families() -> dict[str, Any]:
     """Every family by name, made once."""
@@ -67,4 +84,5 @@ def families() -> dict[str, Any]:
         "metaspace": metaspace(strip=False),
         "unigram": unigram(),
         "word_piece": word_piece(),
+        "stripping": Stripping(),
     }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dspark.kernels.keyed_random import DRAFT, TOKEN, race
+from dspark.kernels.top import largest
 
 MIN_TEMPERATURE = 1e-30  # below it logits / temperature would overflow; the law is the argmax long before
 
@@ -26,13 +27,13 @@ def truncate_law(logits: Tensor, temperature: Tensor, width: int) -> tuple[Tenso
 
     The ids of a row go from the largest logit down. ``width`` must be at least 1.
     """
-    top = logits.topk(min(width, logits.shape[1]), dim=-1)
-    values = top.values.to(torch.float32)
+    values, ids = largest(logits, min(width, logits.shape[1]))
+    values = values.to(torch.float32)
     scale = temperature.to(torch.float32).clamp(min=MIN_TEMPERATURE)[:, None]
     probs = torch.softmax((values - values[:, :1]) / scale, dim=-1)
     one_hot = torch.zeros_like(probs)
     one_hot[:, 0] = 1.0
-    return top.indices, torch.where((temperature == 0)[:, None], one_hot, probs)
+    return ids, torch.where((temperature == 0)[:, None], one_hot, probs)
 
 
 def draw(ids: Tensor, probs: Tensor, seeds: Tensor, positions: Tensor, base_lens: Tensor, coupled: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dspark.kernels.argmax import first_argmax
+from dspark.kernels.top import first_argmax
 
 TOKEN = 0  # the target's token at a position (coupled rule), and the target's own draw there (ratio rule)
 ACCEPT = 1  # the uniform that accepts or rejects a draft at a position (ratio rule)

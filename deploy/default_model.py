@@ -132,7 +132,8 @@ def _convert(source: Path, folder: Path, progress: Progress) -> None:
         quantization_config=GgufConfig(dequantize=True),  # without it the model refuses to be saved
     )
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    model.generation_config.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end)
+    generation = model.generation_config
+    generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = tokenizer.bos_token_id, end, end
     progress(f"preparing {DEFAULT_MODEL_NAME} (once): saving")
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -1,0 +1,60 @@
+"""Which replica probably holds a prompt's prefix: an index of what this router sent where, by salted hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+CHUNK_TOKENS: Final = 64  # coarser than KV blocks: the index only steers, the replica knows
+MAX_CHUNKS: Final = 64  # of a prompt; more would cost time and hardly change the choice
+
+
+class PrefixIndex:
+    """Remembers the last ``capacity`` prefix chunks and where they went. Chunks of different salts never match."""
+
+    def __init__(self, capacity: int = 65536) -> None:
+        self._capacity = capacity
+        self._holders: OrderedDict[bytes, dict[str, None]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def hits(self, keys: Sequence[bytes]) -> dict[str, int]:
+        """Tokens of the prefix that each replica probably holds; replicas without any are absent."""
+        found: dict[str, int] = {}
+        for position, key in enumerate(keys):
+            holders = self._holders.get(key)
+            if holders is None:
+                break
+            for replica_id in holders:
+                if found.get(replica_id, 0) == position * CHUNK_TOKENS:  # an unbroken run from the start
+                    found[replica_id] = (position + 1) * CHUNK_TOKENS
+        return found
+
+    def add(self, keys: Sequence[bytes], replica_id: str) -> None:
+        """Note that ``replica_id`` computes these chunks; the chunks least recently sent are forgotten."""
+        for key in reversed(keys):  # the first chunk is the most recent one: a chain is forgotten from its end
+            self._holders.setdefault(key, {})[replica_id] = None
+            self._holders.move_to_end(key)
+        while len(self._holders) > self._capacity:
+            self._holders.popitem(last=False)
+
+    def forget(self, replica_id: str) -> None:
+        """Drop a replica that is gone, and every chunk that nobody else holds."""
+        for key in [key for key, holders in self._holders.items() if replica_id in holders]:
+            del self._holders[key][replica_id]
+            if not self._holders[key]:
+                del self._holders[key]
+
+
+def chunk_keys(tokens: Sequence[int], salt: str = "") -> list[bytes]:
+    """Chained sha256 keys of the prompt's whole chunks: equal keys mean equal tokens from the start, and equal salts."""
+    digest = hashlib.sha256(salt.encode())
+    keys = []
+    for start in range(0, min(len(tokens) - CHUNK_TOKENS + 1, CHUNK_TOKENS * MAX_CHUNKS), CHUNK_TOKENS):
+        digest.update(array("q", tokens[start : start + CHUNK_TOKENS]).tobytes())
+        keys.append(digest.digest()[:16])
+    return keys

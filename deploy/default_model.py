@@ -121,7 +121,7 @@ def _convert(source: Path, folder: Path, progress: Progress) -> None:
     """Write GGUF as a transformers folder in bf16 (transformers needs gguf and accelerate for it)."""
     progress(f"preparing {DEFAULT_MODEL_NAME} (once): reading the tokenizer")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     progress(f"preparing {DEFAULT_MODEL_NAME} (once): dequantising {source.stat().st_size / 2**20:.0f} MiB of weights, about 20 s")
@@ -132,8 +132,9 @@ def _convert(source: Path, folder: Path, progress: Progress) -> None:
         quantization_config=GgufConfig(dequantize=True),  # without it the model refuses to be saved
     )
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    generation = model.generation_config
-    generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = tokenizer.bos_token_id, end, end
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end
+    )
     progress(f"preparing {DEFAULT_MODEL_NAME} (once): saving")
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -49,10 +49,13 @@ class Flight:
     Raises ``WorkerLost`` when the verifier goes away first. ``close`` cancels the request unless it has ended.
     """
 
-    __slots__ = ("_accepted", "_done", "_link", "_queue", "request_id")
+    __slots__ = ("_accepted", "_done", "_link", "_queue", "num_tokens", "request_id", "sent_s", "was_heard")
 
-    def __init__(self, link: Link, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, link: Link, request: Request) -> None:
+        self.request_id = request.id
+        self.num_tokens = len(request.prompt_token_ids)
+        self.sent_s = asyncio.get_running_loop().time()
+        self.was_heard = False
         self._link = link
         self._queue: asyncio.Queue[StepOutcome | DSparkError] = asyncio.Queue()
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -86,6 +89,7 @@ class Flight:
         if isinstance(item, DSparkError) and not self._accepted.done():
             self._accepted.set_exception(item)
             self._accepted.exception()  # retrieved: a flight that was closed meanwhile has nobody to raise it to
+        self.was_heard = True
         self._queue.put_nowait(item)
 
     def accept(self) -> None:
@@ -125,6 +129,12 @@ class Link(ABC):
         return len(self._flights)
 
     @property
+    def unseen(self) -> tuple[int, int]:
+        """Requests, and their tokens, that were sent since the last view and have had no outcome yet."""
+        lengths = [flight.num_tokens for flight in self._flights.values() if flight.sent_s >= self._heard_s and not flight.was_heard]
+        return len(lengths), sum(lengths)
+
+    @property
     def status(self) -> Status | None:
         """What the verifier last said of itself, aged; None before the first word."""
         if self._status is None:
@@ -138,7 +148,7 @@ class Link(ABC):
             raise self.lost or WorkerLost(f"the link to verifier {self.replica_id} is closed")
         if request.id in self._flights:
             raise ValueError(f"request {request.id} is already in flight")
-        flight = Flight(self, request.id)
+        flight = Flight(self, request)
         self._flights[request.id] = flight
         try:
             self._send_submit(request)

@@ -1,0 +1,174 @@
+"""From a request to its outcomes, whatever happens to verifiers on the way.
+
+The router holds the prompt and every token it has passed on. When a verifier dies they are sent to another one as the
+known tokens of the same request; random numbers are keyed by seed and position, so the text goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from dspark.cluster.fleet import Fleet
+from dspark.errors import BadRequest, DSparkError, Overloaded, WorkerLost
+from dspark.router.admission import admit
+from dspark.types import Finish, Request, StepOutcome
+from dspark.workers.wire.link import Flight
+
+MAX_REPLAYS: Final = 3  # a request that kills every verifier it meets must not take them all down
+NEW_WAIT_S: Final = 5.0  # for a verifier, before the first token
+RETRY_S: Final = 0.2
+RATE_WINDOW_S: Final = 20.0
+
+_log = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Admits requests, places them on verifiers and follows them there."""
+
+    def __init__(self, fleet: Fleet, max_waiting: int, replay_wait_s: float) -> None:
+        self.fleet = fleet
+        self.in_flight = 0
+        self.replays = 0
+        self.is_draining = False
+        self._max_waiting = max_waiting
+        self._replay_wait_s = replay_wait_s
+        self._ended: deque[float] = deque(maxlen=1024)
+
+    async def start(self, requests: Sequence[Request]) -> list[Generation]:
+        """All requests queued at verifiers, or none: raises ``BadRequest``, ``Overloaded`` or ``WorkerLost``."""
+        if self.is_draining:
+            raise Overloaded("this server is shutting down", 5.0)
+        limit = self.fleet.running_limit
+        if limit:  # without any verifier the wait in _place decides
+            admit(len(requests), self.in_flight, limit, self._max_waiting, self._finished_per_s())
+        generations = [Generation(self, request) for request in requests]
+        try:
+            if len(generations) == 1:
+                await generations[0].begin()
+            else:
+                async with asyncio.TaskGroup() as group:
+                    for generation in generations:
+                        group.create_task(generation.begin())
+        except BaseExceptionGroup as failed:
+            _close(generations)
+            raise next((e for e in failed.exceptions if isinstance(e, DSparkError)), failed.exceptions[0]) from None
+        except BaseException:
+            _close(generations)
+            raise
+        return generations
+
+    async def place(self, request: Request, deadline: float, may_refuse: bool) -> Flight:
+        """A flight on the best verifier that takes the request, trying until ``deadline``.
+
+        With ``may_refuse`` an overload of all of them is raised at once; a replay waits instead.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            refusal: DSparkError | None = None
+            for link in self.fleet.candidates(request):
+                try:
+                    return await self.fleet.submit(link, request)
+                except (Overloaded, WorkerLost) as error:
+                    refusal = error if refusal is None or isinstance(error, Overloaded) else refusal
+            if may_refuse and isinstance(refusal, Overloaded):
+                raise refusal
+            if loop.time() >= deadline:
+                raise refusal or Overloaded("no verifier is available", 5.0)
+            await self.fleet.wait_for_change(RETRY_S)
+
+    async def replace(self, request: Request) -> Flight:
+        """A flight for a request whose verifier was lost."""
+        self.replays += 1
+        return await self.place(request, asyncio.get_running_loop().time() + self._replay_wait_s, may_refuse=False)
+
+    def entered(self) -> None:
+        self.in_flight += 1
+
+    def left(self) -> None:
+        self.in_flight -= 1
+        self._ended.append(asyncio.get_running_loop().time())
+
+    def _finished_per_s(self) -> float:
+        since = asyncio.get_running_loop().time() - RATE_WINDOW_S
+        return sum(ended >= since for ended in self._ended) / RATE_WINDOW_S
+
+
+class Generation:
+    """The outcomes of one request, replayed on another verifier as often as needed; iterating ends after ``finish``.
+
+    Raises ``WorkerLost`` or ``Overloaded`` when no verifier can go on with it. ``close`` must be called in the end; it cancels.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, request: Request) -> None:
+        self.request = request
+        self.num_replays = 0
+        self._dispatcher = dispatcher
+        self._emitted: list[int] = []
+        self._flight: Flight | None = None
+        self._is_done = False
+        self._is_closed = False
+        dispatcher.entered()
+
+    async def begin(self) -> None:
+        """Return once a verifier has queued the request."""
+        deadline = asyncio.get_running_loop().time() + NEW_WAIT_S
+        self._hold(await self._dispatcher.place(self.request, deadline, may_refuse=True))
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> StepOutcome:
+        while not self._is_done:
+            if self._flight is None:
+                raise WorkerLost("the request was not placed")
+            try:
+                outcome = await anext(self._flight)
+            except WorkerLost as lost:
+                await self._replay(lost)
+                continue
+            if outcome.finish in (Finish.ABORT, Finish.ERROR):  # not the client's doing: it closes and never sees this
+                await self._replay(WorkerLost(outcome.error or "the verifier stopped the request"))
+                continue
+            self._emitted.extend(outcome.tokens)
+            self._is_done = outcome.finish is not None
+            return outcome
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """End the request here and at its verifier; safe to call twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._flight is not None:
+            self._flight.close()
+        self._dispatcher.left()
+
+    def _hold(self, flight: Flight) -> None:
+        self._flight = flight
+        if self._is_closed:  # closed while it was being placed
+            flight.close()
+
+    async def _replay(self, lost: WorkerLost) -> None:
+        if self.num_replays >= MAX_REPLAYS:
+            raise WorkerLost(f"gave up after {MAX_REPLAYS} replays: {lost}") from lost
+        self.num_replays += 1
+        _log.warning("request %s is replayed with %d tokens: %s", self.request.id, len(self._emitted), lost)
+        again = dataclasses.replace(
+            self.request,
+            id=f"{self.request.id}~{self.num_replays}",
+            prompt_token_ids=self.request.prompt_token_ids + tuple(self._emitted),
+        )
+        try:
+            self._hold(await self._dispatcher.replace(again))
+        except BadRequest as error:
+            raise WorkerLost(f"the replay was refused: {error}") from error
+
+
+def _close(generations: Sequence[Generation]) -> None:
+    for generation in generations:
+        generation.close()

@@ -20,6 +20,8 @@ The multipliers are published ones: splitmix64 (Steele, Lea and Flood 2014) for 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,12 @@ def _mix_ids(ids: Tensor) -> Tensor:
     return word ^ ((word >> 16) & 0xFFFF)
 
 
+@lru_cache(maxsize=16)
+def _vocabulary(width: int, device: torch.device) -> Tensor:
+    """The mixed words of ids 0 .. width - 1."""
+    return _mix_ids(torch.arange(width, dtype=torch.int32, device=device))
+
+
 def _exponential(key: Tensor, id_words: Tensor) -> Tensor:
     """Exponentials of the broadcast of keys and mixed ids, fp32 in [2^-33, 16.7]."""
     halves = key.unsqueeze(-1).contiguous().view(torch.int32)
@@ -107,7 +115,7 @@ def race(
     is the argmax of log weight + ``gumbel``, and two laws raced under one key agree as often as they overlap.
     """
     keys = _key(seeds, positions, purpose, salt)[:, None]
-    words = _mix_ids(torch.arange(weights.shape[1], device=weights.device) if ids is None else ids)
+    words = _vocabulary(weights.shape[1], weights.device) if ids is None else _mix_ids(ids)
     num_rows = weights.shape[0]
     chunk = num_rows if weights.is_cuda else max(1, CHUNK_ELEMENTS // weights.shape[1])
     if num_rows <= chunk:

@@ -1,0 +1,295 @@
+"""Judge a step: which drafted tokens stand, and the one token the target adds. Exactly the target's law.
+
+::
+
+    logits      [N, V]     fp32 or bf16; an item owns rows first_row .. first_row + len(draft)
+    row j       predicts position len(prompt) + len(output) + j, after drafts 0 .. j - 1
+    draft law   ids, probs [n, k], the law each draft was drawn from (one-hot when the tree carries none)
+
+Two rules (DSpark section 3.1, and docs/adr), one and the same at temperature 0:
+
+* greedy and **coupled**: each row has its token, the argmax of the processed logits, plus keyed Gumbel noise when
+  sampling; drafts stand while they equal it, and the first that does not is replaced by it.
+* **ratio**: draft x stands with probability min(1, target(x) / draft(x)); the first that falls is replaced by a draw from
+  normalise(max(0, target - draft)); if all stand, trimmed or not, the next token comes from the full target law.
+
+Random numbers are keyed by (request seed, position, purpose) and rows are processed one by one in effect, so that a
+verdict depends on nothing but its own rows. A pass takes many rows at once and reads back twice. On an accelerator one
+pass takes them all; on CPU a pass takes what fits a cache, and rows behind a rejected draft are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dspark.kernels.keyed_random import ACCEPT, uniform
+from dspark.kernels.top import first_argmax
+from dspark.sampling import AcceptanceRule, SamplingParams
+from dspark.types import DraftLaw, DraftTree, TokenLogprob
+from dspark.workers.verifier.laws import Block, TargetLaws, edit, has_penalties, target_laws
+from dspark.workers.verifier.logprobs import prompt_logprobs, score
+from dspark.workers.verifier.ratio import DraftRows, accept_probability, residual_weights
+
+__all__ = ["JudgeItem", "Verdict", "judge", "prompt_logprobs"]
+
+PASS_ELEMENTS = 1 << 20  # logits looked at in one pass on CPU
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeItem:
+    """One request's rows of a step.
+
+    ``output`` are its committed output ids (the anchor is the last of prompt + output). ``draft`` holds only the nodes that
+    were verified; None: nothing was. ``stop_ids`` are suppressed while fewer than ``min_tokens`` output tokens would exist.
+    """
+
+    request_id: str
+    sampling: SamplingParams
+    noise_seed: int
+    prompt: Sequence[int]
+    output: Sequence[int]
+    draft: DraftTree | None
+    first_row: int
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        return self.draft.tokens if self.draft is not None else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``tokens``: the accepted drafts, then one token of the target's own; ``logprobs`` of each where the request asks for them."""
+
+    tokens: tuple[int, ...]
+    accepted: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(slots=True)
+class _Round:
+    """What is decided of an item so far: its first ``accepted`` drafts stand; ``own`` is the token after them, once known."""
+
+    item: JudgeItem
+    accepted: int = 0
+    own: int | None = None
+
+    @property
+    def num_left(self) -> int:
+        """Rows not decided yet."""
+        return len(self.item.drafted) + 1 - self.accepted
+
+    def next_span(self, num_rows: int) -> _Span:
+        return _Span(self, self.item, self.accepted, min(num_rows, self.num_left))
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Rows ``start .. start + num_rows - 1`` of an item, judged together. Every row but the item's last decides on a draft."""
+
+    round: _Round
+    item: JudgeItem
+    start: int
+    num_rows: int
+
+    @property
+    def rows(self) -> range:
+        first = self.item.first_row + self.start
+        return range(first, first + self.num_rows)
+
+    @property
+    def positions(self) -> range:
+        first = len(self.item.prompt) + len(self.item.output) + self.start
+        return range(first, first + self.num_rows)
+
+    @property
+    def drafted(self) -> tuple[int, ...]:
+        """The drafts the rows decide on: one a row, none at the item's last row."""
+        return self.item.drafted[self.start : self.start + self.num_rows]
+
+    @property
+    def law(self) -> DraftLaw | None:
+        """The law of ``drafted``; None: one-hot."""
+        tree = self.item.draft
+        if tree is None or tree.law is None:
+            return None
+        part = slice(self.start, self.start + len(self.drafted))
+        return DraftLaw(tree.law.ids[part], tree.law.probs[part])
+
+    @property
+    def block(self) -> Block:
+        item, stop = self.item, self.start + self.num_rows - 1
+        output = [*item.output, *item.drafted[: self.start]] if self.start else item.output
+        return Block(item.sampling, item.prompt, output, item.drafted[self.start : stop], item.stop_ids)
+
+    def decide(self, num_standing: int, own: int | None) -> None:
+        """The first ``num_standing`` drafts of the span stand and ``own`` follows; None: all stand and more rows follow."""
+        self.round.accepted += num_standing
+        self.round.own = own
+
+    def match(self, tokens: Sequence[int]) -> None:
+        """Greedy and coupled: drafts stand while they equal the row's own token; the first other one is replaced by it."""
+        pairs = enumerate(zip(self.drafted, tokens, strict=False))
+        count = next((j for j, (draft, token) in pairs if draft != token), len(self.drafted))
+        self.decide(count, tokens[count] if count < self.num_rows else None)
+
+
+def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Verdict]:
+    """Judge every item over its rows of logits [N, V]; verdicts in the order of ``items``. The logits are not changed."""
+    assert all(item.draft is None or item.draft.is_chain for item in items), "the judge takes chains"
+    rounds = [_Round(item) for item in items]
+    whole = [turn.next_span(turn.num_left) for turn in rounds]
+    is_plain = [span.item.sampling.is_greedy and not span.block.needs_edit for span in whole]
+    _judge_plain(logits, [span for span, plain in zip(whole, is_plain, strict=True) if plain])
+    pending = [turn for turn, plain in zip(rounds, is_plain, strict=True) if not plain]
+    while pending:
+        spans = _next_pass(pending, logits)
+        _judge_pass(logits, spans)
+        pending = pending[len(spans) :] + [span.round for span in spans if span.round.own is None]
+    tokens = [(*turn.item.drafted[: turn.accepted], turn.own) for turn in rounds if turn.own is not None]
+    scores = _score_items(logits, items, tokens)
+    return [Verdict(kept, turn.accepted, scores.get(place)) for place, (turn, kept) in enumerate(zip(rounds, tokens, strict=True))]
+
+
+def _next_pass(pending: Sequence[_Round], logits: Tensor) -> list[_Span]:
+    """The next rows to judge together: all that are left on an accelerator, otherwise at most what fits a cache, spread evenly."""
+    limit = sum(turn.num_left for turn in pending) if logits.is_cuda else max(1, PASS_ELEMENTS // logits.shape[1])
+    taken = pending[:limit]
+    share = limit if logits.is_cuda else limit // len(taken)
+    # Penalties count the request's whole history: once, not once a pass.
+    return [turn.next_span(turn.num_left if has_penalties(turn.item.sampling) else share) for turn in taken]
+
+
+def _gather(logits: Tensor, spans: Sequence[_Span]) -> Tensor:
+    """The spans' rows of the logits: a copy, or the logits themselves where the spans have them all, in order."""
+    rows = [row for span in spans for row in span.rows]
+    if rows == list(range(logits.shape[0])):
+        return logits
+    return logits.index_select(0, torch.tensor(rows, dtype=torch.int64, device=logits.device))
+
+
+def _judge_plain(logits: Tensor, spans: Sequence[_Span]) -> None:
+    """Greedy items without processors: the argmax of the raw rows."""
+    if spans:
+        tokens: list[int] = first_argmax(_gather(logits, spans)).tolist()
+        _match_all(spans, tokens)
+
+
+def _match_all(spans: Sequence[_Span], tokens: Sequence[int]) -> None:
+    start = 0
+    for span in spans:
+        span.match(tokens[start : start + span.num_rows])
+        start += span.num_rows
+
+
+def _judge_pass(logits: Tensor, spans: Sequence[_Span]) -> None:
+    """Process the rows of the spans, then decide each by its rule."""
+    greedy = [span for span in spans if span.item.sampling.is_greedy]
+    sampled = [span for span in spans if not span.item.sampling.is_greedy]
+    coupled = [span for span in sampled if span.item.sampling.rule is AcceptanceRule.COUPLED]
+    ratio = [span for span in sampled if span.item.sampling.rule is AcceptanceRule.RATIO]
+    ordered = [*greedy, *coupled, *ratio]
+    rows = _gather(logits, ordered)
+    rows = rows.to(torch.float32, copy=rows is logits)
+    start = 0
+    for span in ordered:
+        block = span.block
+        if block.needs_edit:
+            edit(rows[start : start + span.num_rows], block)
+        start += span.num_rows
+    num_greedy = sum(span.num_rows for span in greedy)
+    samplings = [span.item.sampling for span in (*coupled, *ratio) for _ in range(span.num_rows)]
+    laws = target_laws(rows[num_greedy:], samplings)
+    num_coupled = sum(span.num_rows for span in coupled)
+    drafts, flags = _accept_flags(laws, num_coupled, ratio)
+    found: list[int] = torch.cat([first_argmax(rows[:num_greedy]), _coupled_tokens(laws, coupled), flags]).tolist()
+    _match_all([*greedy, *coupled], found)
+    _decide_ratio(laws, num_coupled, ratio, drafts, found[num_greedy + num_coupled :])
+
+
+def _keys(spans: Sequence[_Span], picks: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(seeds, positions) [n] of the rows ``picks[i]`` of each span."""
+    seeds = [span.item.noise_seed for span, pick in zip(spans, picks, strict=True) for _ in pick]
+    positions = [span.positions[j] for span, pick in zip(spans, picks, strict=True) for j in pick]
+    return torch.tensor(seeds, dtype=torch.int64, device=device), torch.tensor(positions, dtype=torch.int64, device=device)
+
+
+def _coupled_tokens(laws: TargetLaws, spans: Sequence[_Span]) -> Tensor:
+    """The token of every row of the coupled spans (the first laws): the target's law raced under the noise of its position."""
+    num_rows = sum(span.num_rows for span in spans)
+    if not num_rows:
+        return torch.empty(0, dtype=torch.int64, device=laws.probs.device)
+    seeds, positions = _keys(spans, [range(span.num_rows) for span in spans], laws.probs.device)
+    return laws.draw(laws.probs[:num_rows], range(num_rows), seeds, positions)
+
+
+def _accept_flags(laws: TargetLaws, first: int, spans: Sequence[_Span]) -> tuple[DraftRows, Tensor]:
+    """The ratio spans' drafts in a row, and whether each stands by itself, 0 or 1. Their laws begin at ``first``."""
+    device = laws.probs.device
+    tokens = [token for span in spans for token in span.drafted]
+    drafts = DraftRows.gather(tokens, [(len(span.drafted), span.law) for span in spans], device)
+    if not tokens:
+        return drafts, torch.empty(0, dtype=torch.int64, device=device)
+    starts = _starts(first, spans)
+    rows = [start + j for start, span in zip(starts, spans, strict=True) for j in range(len(span.drafted))]
+    seeds, positions = _keys(spans, [range(len(span.drafted)) for span in spans], device)
+    target_probs = laws.probs[torch.tensor(rows, dtype=torch.int64, device=device), drafts.tokens]
+    chance = accept_probability(target_probs.to(torch.float64), drafts.token_probs.to(torch.float64))
+    return drafts, (uniform(seeds, positions, ACCEPT) < chance).to(torch.int64)
+
+
+def _starts(first: int, spans: Sequence[_Span]) -> list[int]:
+    """Where each span's rows begin, the first at ``first``."""
+    return list(accumulate((span.num_rows for span in spans), initial=first))[:-1]
+
+
+def _decide_ratio(laws: TargetLaws, first: int, spans: Sequence[_Span], drafts: DraftRows, flags: Sequence[int]) -> None:
+    """Find each ratio span's first rejection and draw the own token of those that end here."""
+    ends: list[_End] = []
+    draft = 0
+    for start, span in zip(_starts(first, spans), spans, strict=True):
+        count = [*flags[draft : draft + len(span.drafted)], 0].index(0)
+        if count == span.num_rows:
+            span.decide(count, None)
+        else:
+            ends.append(_End(span, count, start + count, draft + count if count < len(span.drafted) else None))
+        draft += len(span.drafted)
+    if not ends:
+        return
+    weights = laws.probs[torch.tensor([end.row for end in ends], device=laws.probs.device)]
+    rejected = [i for i, end in enumerate(ends) if end.draft is not None]
+    if rejected:
+        at = torch.tensor(rejected, device=weights.device)
+        fallen = torch.tensor([end.draft for end in ends if end.draft is not None], device=weights.device)
+        weights[at] = residual_weights(weights[at], drafts.ids[fallen], drafts.probs[fallen])
+    seeds, positions = _keys([end.span for end in ends], [[end.count] for end in ends], weights.device)
+    tokens: list[int] = laws.draw(weights, [end.row for end in ends], seeds, positions).tolist()
+    for end, token in zip(ends, tokens, strict=True):
+        end.span.decide(end.count, token)
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """A ratio span that ends after ``count`` drafts: its own token's law ``row``, and the ``draft`` that was rejected there, if one was."""
+
+    span: _Span
+    count: int
+    row: int
+    draft: int | None
+
+
+def _score_items(logits: Tensor, items: Sequence[JudgeItem], tokens: Sequence[tuple[int, ...]]) -> dict[int, tuple[TokenLogprob, ...]]:
+    """Log-probabilities of the tokens of every item that asks for them, by its place."""
+    asked = [(place, item.sampling.logprobs) for place, item in enumerate(items) if item.sampling.logprobs is not None]
+    if not asked:
+        return {}
+    rows = [items[place].first_row + j for place, _ in asked for j in range(len(tokens[place]))]
+    chosen = [token for place, _ in asked for token in tokens[place]]
+    tops = [top for place, top in asked for _ in tokens[place]]
+    scored = iter(score(logits[torch.tensor(rows, device=logits.device)], chosen, tops))
+    return {place: tuple(next(scored) for _ in tokens[place]) for place, _ in asked}

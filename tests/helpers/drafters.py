@@ -14,8 +14,8 @@ Fault = Literal["none", "drop", "stale", "adversarial", "random"]
 class OracleDrafter:
     """Proposes the true continuation with confidence 0.99, or spoils it in one of four ways.
 
-    ``truth`` maps a request id, or the tuple of its first turn's tokens (the prompt), to all tokens that follow the prompt.
-    Requests that are in neither form get no drafts (except under ``random``). ``fault``:
+    ``truth`` maps a request id to all its tokens, prompt included. Requests that are not in it get no drafts (except under
+    ``random``). ``fault``:
 
     ``drop``         ``rate`` of the drafts are lost
     ``stale``        ``rate`` of the drafts carry another ``base_len``
@@ -27,7 +27,7 @@ class OracleDrafter:
 
     def __init__(
         self,
-        truth: Mapping[Any, Sequence[int]],
+        truth: Mapping[str, Sequence[int]],
         block_size: int = 4,
         fault: Fault = "none",
         rate: float = 0.5,
@@ -41,8 +41,6 @@ class OracleDrafter:
         self._rate = rate
         self._vocab_size = vocab_size
         self._random = random.Random(seed)
-        self._start: dict[str, int] = {}
-        self._key: dict[str, Any] = {}
         self._turns: dict[str, DraftTurn] = {}
 
     def project(self, taps: Any) -> None:
@@ -50,10 +48,6 @@ class OracleDrafter:
 
     def propose(self, turns: Sequence[DraftTurn]) -> None:
         for turn in turns:
-            if turn.request_id not in self._start:
-                assert len(turn.tokens) == turn.base_len, "the first turn must carry all known tokens"
-                self._start[turn.request_id] = turn.base_len
-                self._key[turn.request_id] = turn.request_id if turn.request_id in self._truth else tuple(turn.tokens)
             self._turns[turn.request_id] = turn
 
     def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
@@ -71,12 +65,10 @@ class OracleDrafter:
 
     def close(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
-            for table in (self._start, self._key, self._turns):
-                table.pop(request_id, None)
+            self._turns.pop(request_id, None)
 
     def _tree(self, turn: DraftTurn, count: int) -> DraftTree | None:
-        done = turn.base_len - self._start[turn.request_id]
-        tokens = [int(token) for token in self._truth.get(self._key[turn.request_id], ())[done : done + count]]
+        tokens = [int(token) for token in self._truth.get(turn.request_id, ())[turn.base_len : turn.base_len + count]]
         confidence = [0.99] * len(tokens)
         base_len = turn.base_len
         if self._fault == "adversarial":

@@ -31,14 +31,10 @@ GEMMA4 = {"global_head_dim": 32, "layer_types": ALTERNATE, "hidden_size_per_laye
 SERVED: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**BASE)),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**BASE, head_dim=16)),
-    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(
-        tf.Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=16, num_experts=8, norm_topk_prob=True)
-    ),
+    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**BASE, **EXPERTS, head_dim=16, num_experts=8, norm_topk_prob=True)),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**BASE, sliding_window=6)),
     "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**BASE, **WINDOW, query_pre_attn_scalar=16)),
-    "gemma3": lambda: tf.Gemma3ForCausalLM(
-        tf.Gemma3TextConfig(**BASE, **WINDOW, layer_types=ALTERNATE, query_pre_attn_scalar=16)
-    ),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**BASE, **WINDOW, layer_types=ALTERNATE, query_pre_attn_scalar=16)),
     "gemma4": lambda: tf.Gemma4ForCausalLM(
         tf.Gemma4TextConfig(
             **BASE,

@@ -16,18 +16,21 @@ from dspark.workers.verifier.judge import JudgeItem, judge
 from dspark.workers.verifier.sequence import Sequence
 
 REPEATS = 5
-CONTEXT = 256  # tokens a scratch request holds
+CONTEXT = 256  # tokens a scratch request holds, where the pool has room for that
+MAX_TOKENS = 128  # largest step and draft round that are measured; beyond, the last slope goes on
+MAX_DRAFTING = 16
 TOKENS_A_ROW = 4  # a step of B tokens is measured as B / 4 verifying requests
 
 
 def measure_costs(engine: Engine, progress: Callable[[str], None]) -> CostTable:
     """Median seconds of verify steps by tokens, and of draft rounds by requests. Leaves no trace in the pool."""
     assert not engine.has_work, "the cost table is measured on an idle engine"
-    limits = engine.options.limits
-    context = min(CONTEXT, engine.options.max_model_len - limits.max_batch_tokens // max(1, limits.max_num_seqs) - TOKENS_A_ROW)
-    bench = _Scratch(engine, max(1, context))
-    verify = [(size, bench.verify_seconds(size)) for size in _sizes(min(limits.max_batch_tokens, bench.max_tokens))]
-    draft = [(count, bench.draft_seconds(count)) for count in _sizes(min(limits.max_num_seqs, 16, bench.max_rows))]
+    limits, pool = engine.options.limits, engine.pool
+    most_tokens = min(limits.max_batch_tokens, MAX_TOKENS)
+    room = pool.num_free * TOKENS_A_ROW // most_tokens * pool.block_size - TOKENS_A_ROW
+    bench = _Scratch(engine, max(1, min(CONTEXT, engine.options.max_model_len // 2, room)))
+    verify = [(size, bench.verify_seconds(size)) for size in _sizes(min(most_tokens, bench.max_tokens))]
+    draft = [(count, bench.draft_seconds(count)) for count in _sizes(min(limits.max_num_seqs, MAX_DRAFTING, bench.max_rows))]
     progress("step costs: " + ", ".join(f"{size} tokens {1e3 * s:.1f} ms" for size, s in verify))
     if engine.drafter.block_size:
         progress("draft costs: " + ", ".join(f"{count} requests {1e3 * s:.2f} ms" for count, s in draft))
@@ -36,7 +39,7 @@ def measure_costs(engine: Engine, progress: Callable[[str], None]) -> CostTable:
 
 def _sizes(limit: int) -> list[int]:
     sizes = [1]
-    while sizes[-1] * 2 <= min(limit, 128):
+    while sizes[-1] * 2 <= limit:
         sizes.append(sizes[-1] * 2)
     return sizes
 

@@ -1,0 +1,78 @@
+"""Small engines for tests, and a way to run requests to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from helpers import families
+
+from dspark.sampling import SamplingParams
+from dspark.types import Drafter, Finish, Request, Speculation, StepOutcome
+from dspark.workers.drafter.none import NoDrafter
+from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.verifier.costs import CostTable, Curve
+from dspark.workers.verifier.engine import Engine, EngineOptions
+from dspark.workers.verifier.scheduler import Limits
+from dspark.workers.verifier.targets import Target, as_target
+
+FLAT = CostTable(Curve((1, 64), (1.0, 1.05)), Curve((1,), (0.0,)))  # drafts are nearly free: adaptive verifies what is likely
+STEEP = CostTable(Curve((1, 2, 64), (1.0, 1.4, 20.0)), Curve((1,), (0.1,)))  # drafts cost: adaptive trims
+
+
+@dataclass
+class Result:
+    """Everything one request produced."""
+
+    tokens: list[int] = field(default_factory=list)
+    outcomes: list[StepOutcome] = field(default_factory=list)
+
+    @property
+    def finish(self) -> Finish | None:
+        return self.outcomes[-1].finish
+
+    @property
+    def acceptance_length(self) -> float:
+        return len(self.tokens) / len(self.outcomes)
+
+
+def tiny_target(name: str = "llama", seed: int = 0) -> Target:
+    return as_target(families.make(name, seed), name)
+
+
+def make_engine(target: Target, drafter: Drafter | None = None, pool: BlockPool | None = None, **options: Any) -> Engine:
+    """An engine over a tiny target; options: num_blocks, speculation, costs, tokenizer, and those of Limits."""
+    num_blocks = options.pop("num_blocks", 128)
+    speculation = Speculation.parse(options.pop("speculation", "adaptive"))
+    costs = options.pop("costs", None)
+    tokenizer = options.pop("tokenizer", None)
+    max_queued = options.pop("max_queued", 256)
+    pool = pool or BlockPool(num_blocks)
+    limits = Limits(**({"max_num_seqs": 32, "max_batch_tokens": 64} | options))
+    length = min(target.max_position, pool.num_blocks * pool.block_size)
+    engine = Engine(target, pool, drafter or NoDrafter(), EngineOptions(length, limits, max_queued, speculation), tokenizer)
+    if costs is not None:
+        engine.set_costs(costs)
+    return engine
+
+
+def run(engine: Engine, requests: Sequence[Request], max_steps: int = 5000) -> dict[str, Result]:
+    """Add all requests, step until they ended, check the pool at every step."""
+    for request in requests:
+        engine.add(request)
+    results = {request.id: Result() for request in requests}
+    for _ in range(max_steps):
+        if not engine.has_work:
+            break
+        for outcome in engine.step():
+            results[outcome.request_id].tokens.extend(outcome.tokens)
+            results[outcome.request_id].outcomes.append(outcome)
+        engine.pool.check()
+    assert not engine.has_work, "the engine made no progress"
+    assert engine.pool.num_free == engine.pool.num_blocks, "blocks leaked"
+    return results
+
+
+def greedy(name: str, prompt: Sequence[int], max_tokens: int = 24, **params: Any) -> Request:
+    return Request(name, tuple(prompt), SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **params))

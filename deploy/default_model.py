@@ -124,6 +124,7 @@ def _convert(source: Path, folder: Path, progress: Progress) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN  # 5.17 takes another one from the file
     progress(f"preparing {DEFAULT_MODEL_NAME} (once): dequantising {source.stat().st_size / 2**20:.0f} MiB of weights, about 20 s")
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,

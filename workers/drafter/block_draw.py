@@ -1,0 +1,103 @@
+"""From h_1 .. h_γ to drafted tokens: the sequential sampling loop of DSpark section 3.1.
+
+::
+
+    hidden       [R, n, d]      the first n block positions
+    anchors      [R] int64      x_0
+    tokens       [R, n] int64   x_1 .. x_n
+    ids, probs   [R, n, k]      the law each token was drawn from: int64 target ids, fp32
+    confidence   [R, n] fp32    c_1 .. c_n; c_k depends on x_{<k} only
+
+With ``head_top_k`` the Markov bias is computed for the K largest base logits only, and the law is supported on them:
+r * K instead of r * V a step. Any support is lossless, because the judge gets the law that was really drawn from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.kernels.draft_draw import draw, truncate_law
+from dspark.workers.drafter.dspark_module import DSparkModule
+
+TOP_K_GROUP = 8  # candidates are searched in groups of this many logits on CPU
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRows:
+    """What the draw needs to know of each request: tensors [R]."""
+
+    temperature: Tensor
+    seeds: Tensor
+    base_lens: Tensor
+    coupled: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDraft:
+    """The outcome of one block for R requests; ``confidence`` None when the module has no confidence head."""
+
+    tokens: Tensor
+    ids: Tensor
+    probs: Tensor
+    confidence: Tensor | None
+
+
+def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: DrawRows, width: int, head_top_k: int | None) -> BlockDraft:
+    """Draw x_1 .. x_n left to right, each from its own law truncated to ``width`` ids."""
+    base, candidates = _base_law(module, hidden, head_top_k)
+    head = module.markov_head
+    state = None if head is None else head.start(hidden.shape[0])
+    previous, before, tokens, laws = anchors, [], [], []
+    for k in range(hidden.shape[1]):
+        logits, chosen = base[:, k].to(torch.float32), None if candidates is None else candidates[:, k]
+        if head is not None and state is not None:
+            state, latent = head.step(state, head.markov_w1(previous), hidden[:, k])
+            logits = logits + head.bias(latent, chosen)
+        local, probs = truncate_law(logits, rows.temperature, width)
+        ids = _target_ids(module, local if chosen is None else chosen.gather(1, local))
+        before.append(previous)
+        previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
+        tokens.append(previous)
+        laws.append((ids, probs))
+    confidence = module.confidence_logits(hidden, torch.stack(before, dim=1))
+    return BlockDraft(
+        torch.stack(tokens, dim=1),
+        torch.stack([ids for ids, _ in laws], dim=1),
+        torch.stack([probs for _, probs in laws], dim=1),
+        None if confidence is None else torch.sigmoid(confidence),
+    )
+
+
+def _base_law(module: DSparkModule, hidden: Tensor, head_top_k: int | None) -> tuple[Tensor, Tensor | None]:
+    """Base logits [R, n, Vd] and None, or the K largest [R, n, K] and their draft vocabulary ids."""
+    base = module.base_logits(hidden)
+    if head_top_k is None or head_top_k >= base.shape[-1]:
+        return base, None
+    values, candidates = largest(base.flatten(0, 1), head_top_k)
+    return values.view(*base.shape[:2], -1), candidates.view(*base.shape[:2], -1)
+
+
+def _target_ids(module: DSparkModule, ids: Tensor) -> Tensor:
+    return ids if module.draft_target_ids is None else module.draft_target_ids[ids]
+
+
+def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest logits of each row and their ids, [R, count] each, as ``topk`` gives them.
+
+    On CPU by way of the maxima of groups: the ``count`` best logits lie in the ``count`` groups with the best maxima, and
+    searching those costs half as much as searching the row (V = 49,152, K = 512: 8.2 against 14.7 ms for 112 rows).
+    """
+    num_rows, vocab = logits.shape
+    num_groups, rest = divmod(vocab, TOP_K_GROUP)
+    if logits.is_cuda or rest or num_groups <= 2 * count:
+        values, ids = logits.topk(count, dim=-1)
+        return values, ids
+    groups = logits.view(num_rows, TOP_K_GROUP, num_groups)  # group j holds ids j, j + num_groups, …
+    best = groups.amax(1).topk(count, dim=-1, sorted=False).indices
+    offsets = torch.arange(TOP_K_GROUP, device=logits.device).view(1, -1, 1) * num_groups
+    ids = (best.unsqueeze(1) + offsets).flatten(1)
+    values, places = logits.gather(1, ids).topk(count, dim=-1)
+    return values, ids.gather(1, places)

@@ -1,0 +1,158 @@
+"""Load a drafter for a target and refuse one that was made for another; save ours so that other engines can load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark.errors import ConfigError
+from dspark.workers.drafter import checkpoint
+from dspark.workers.drafter.dialect_configs import DEEPSPEC_QWEN3, read_module_config
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle, ModuleConfig
+from dspark.workers.drafter.target_head import TargetHead
+
+NUM_ANCHORS = 512  # a training setting that DeepSpec's own loader insists on
+HEAD_CONTAINER = "logit_head."  # early SpecForge checkpoints keep their heads below it
+SHARED = ("embed_tokens.weight", "lm_head.weight")
+IGNORED = ("verifier_lm_head.weight", "verifier_norm.weight", "t2d", "rotary_emb.inv_freq")
+
+
+def load_drafter(folder: Path, head: TargetHead, dtype: torch.dtype, device: torch.device) -> DSparkModule:
+    """The drafter in ``folder``, ready to draft for the target whose ends are ``head``.
+
+    ConfigError, naming the folder and both shapes, if it was made for another target; or naming the key or weight that is
+    missing, unknown or not supported.
+    """
+    raw = checkpoint.read_config(folder)
+    tensors = {name.removeprefix(HEAD_CONTAINER): t for name, t in checkpoint.read_tensors(folder, dtype, device).items()}
+    if any(name.startswith("mtp.") for name in tensors):
+        raise ConfigError(f"drafter: {folder}: weights under mtp.* belong to a drafter bundled with its target, which is not supported")
+    config = read_module_config(folder, raw, has_qk_norm="layers.0.self_attn.q_norm.weight" in tensors)
+    _check_fits(folder, config, head, raw.get("num_target_layers"))
+    shared = {name: tensors.pop(name) for name in SHARED if name in tensors}
+    mapping = tensors.pop("d2t", None)
+    _check_shared(folder, config, head, shared)
+    with torch.device("meta"):
+        module = DSparkModule(config, head)
+    _assign(folder, module, {name: t for name, t in tensors.items() if not _is_ignored(name, config)})
+    if config.draft_vocab_size < config.vocab_size:
+        module.use_draft_vocabulary(_target_ids(folder, config, mapping), shared.get("lm_head.weight"))
+    return module.requires_grad_(False).eval()
+
+
+def save_drafter(folder: Path, module: DSparkModule) -> None:
+    """Write ``module`` in DeepSpec's dialect, without the target's embedding and head; ConfigError for what it cannot express."""
+    config = module.config
+    windows = {mask.window for mask in config.layer_masks if mask.window is not None}
+    if (
+        config.style is not LayerStyle.QWEN3
+        or not config.sample_from_anchor
+        or config.draft_vocab_size != config.vocab_size
+        or len(windows) > 1
+        or any(mask != LayerMask(mask.window) for mask in config.layer_masks)
+    ):
+        raise ConfigError(f"drafter: {folder}: DeepSpec's dialect cannot express {config}")
+    checkpoint.write(folder, _deepspec_config(module, max(windows, default=None)), module.state_dict())
+
+
+def _deepspec_config(module: DSparkModule, window: int | None) -> dict[str, Any]:
+    config = module.config
+    taps = list(config.target_layer_ids)
+    return {
+        "architectures": [DEEPSPEC_QWEN3],
+        "model_type": "qwen3",
+        "dtype": str(module.fc.weight.dtype).removeprefix("torch."),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_parameters": dict(config.rope),
+        "max_position_embeddings": config.max_positions,
+        "attention_bias": config.attention_bias,
+        "hidden_act": config.activation,
+        "layer_types": ["full_attention" if mask.window is None else "sliding_attention" for mask in config.layer_masks],
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "tie_word_embeddings": False,
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": taps,
+        "num_target_layers": module.num_target_layers,
+        "num_anchors": NUM_ANCHORS,
+        "markov_rank": 0 if config.head_type is HeadType.NONE else config.markov_rank,
+        "markov_head_type": "vanilla" if config.head_type is HeadType.NONE else str(config.head_type),
+        "enable_confidence_head": config.has_confidence,
+        "confidence_head_with_markov": config.confidence_with_markov,
+        # vLLM sizes ``fc`` from this key.
+        "dflash_config": {"target_layer_ids": taps, "mask_token_id": config.mask_token_id},
+    }
+
+
+def _check_fits(folder: Path, config: ModuleConfig, head: TargetHead, num_target_layers: int | None) -> None:
+    pairs = [
+        ("hidden_size", config.hidden_size, head.hidden_size),
+        ("vocab_size", config.vocab_size, head.vocab_size),
+        ("num_target_layers", head.num_layers if num_target_layers is None else num_target_layers, head.num_layers),
+    ]
+    wrong = [f"its {name} is {own}, the target's is {target}" for name, own, target in pairs if own != target]
+    if wrong:
+        raise ConfigError(f"drafter: {folder} was made for another target than this {head.model_type}: {'; '.join(wrong)}")
+    if config.draft_vocab_size > config.vocab_size:
+        raise ConfigError(f"drafter: {folder}: draft_vocab_size {config.draft_vocab_size} is over vocab_size {config.vocab_size}")
+    if any(not -1 <= tap < head.num_layers for tap in config.target_layer_ids):
+        raise ConfigError(f"drafter: {folder} taps target layers {list(config.target_layer_ids)}, but the target has {head.num_layers}")
+    if config.mask_token_id >= head.embed.shape[0]:
+        raise ConfigError(
+            f"drafter: {folder}: mask_token_id {config.mask_token_id} is not among the target's {head.embed.shape[0]} embeddings"
+        )
+
+
+def _check_shared(folder: Path, config: ModuleConfig, head: TargetHead, shared: dict[str, Tensor]) -> None:
+    """Embedding and head of the checkpoint are not used, so they must at least be the target's in shape."""
+    for name, tensor in shared.items():
+        rows = config.draft_vocab_size if name == "lm_head.weight" else config.vocab_size
+        expected = (rows, head.hidden_size)
+        if tuple(tensor.shape) != expected:
+            raise ConfigError(f"drafter: {folder}: {name} is {list(tensor.shape)}, the target needs {list(expected)}")
+
+
+def _assign(folder: Path, module: DSparkModule, tensors: dict[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ConfigError(f"drafter: {folder} lacks the weights {_some(missing)}")
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise ConfigError(f"drafter: {folder} has weights that its configuration does not call for: {_some(unknown)}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ConfigError(
+                f"drafter: {folder}: {name} is {list(tensors[name].shape)}, its configuration and target call for {list(shape)}"
+            )
+    module.load_state_dict(tensors, assign=True)
+
+
+def _target_ids(folder: Path, config: ModuleConfig, mapping: Tensor | None) -> Tensor:
+    """Target ids of the draft vocabulary from ``d2t``, which holds the offset of each draft id."""
+    count = config.draft_vocab_size
+    if mapping is None or tuple(mapping.shape) != (count,):
+        shape = None if mapping is None else list(mapping.shape)
+        raise ConfigError(f"drafter: {folder}: draft_vocab_size {count} needs a d2t of shape [{count}], found {shape}")
+    ids = torch.arange(count, device=mapping.device) + mapping.to(torch.int64)
+    if int(ids[0]) < 0 or int(ids[-1]) >= config.vocab_size or bool((ids.diff() <= 0).any()):
+        raise ConfigError(f"drafter: {folder}: d2t must map draft ids to rising target ids below {config.vocab_size}")
+    return ids
+
+
+def _is_ignored(name: str, config: ModuleConfig) -> bool:
+    return name in IGNORED or (name.startswith("confidence_head.") and not config.has_confidence)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

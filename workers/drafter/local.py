@@ -1,0 +1,182 @@
+"""A DSpark module grafted onto its target: same process, same device, same block tables.
+
+The drafter keeps keys and values of the context under the target's block ids, so whatever the target's pool keeps (a
+shared prefix, a preempted request's cached blocks) the drafter keeps as well, and nothing has to be computed again.
+``propose`` feeds it, ``collect`` runs the block for the requests whose drafts are really wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark.sampling import AcceptanceRule, SamplingParams
+from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
+from dspark.workers.drafter.acceptance import AcceptanceEstimator
+from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.paged_context import DraftPools, PagedContext
+
+PRIOR_ACCEPTANCE = 0.7  # per position, of a module without a confidence head, before anything was seen
+CPU_HEAD_TOP_K = 512
+
+
+@dataclass(slots=True)
+class _State:
+    """One live request: its anchor sits at ``base_len - 1``; ``drafted`` is the last draft handed out and not yet judged."""
+
+    base_len: int
+    anchor: int
+    sampling: SamplingParams
+    noise_seed: int
+    max_draft: int
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """The rule accepts a token exactly when it is the target's own: greedy and coupled requests."""
+        return self.sampling.is_greedy or self.sampling.rule is AcceptanceRule.COUPLED
+
+
+class LocalDrafter:
+    """Drafts with ``module`` for the requests of one verifier.
+
+    ``law_width`` ids support the law shipped under the ratio rule. ``head_top_k`` limits the sequential head to that many
+    base logits (0: all; None: 512 on CPU, all elsewhere). Features must come for every position whose KV
+    the target computes; positions that came with cached blocks are in the pools already.
+    """
+
+    def __init__(self, module: DSparkModule, tables: BlockTables, law_width: int = 64, head_top_k: int | None = None) -> None:
+        self.module = module
+        self.block_size = module.config.block_size
+        self.taps = module.config.target_layer_ids
+        self._tables = tables
+        self._law_width = law_width
+        self._device = module.fc.weight.device
+        self._head_top_k = _resolve_top_k(head_top_k, self._device)
+        self._states: dict[str, _State] = {}
+        self._estimator = AcceptanceEstimator([[PRIOR_ACCEPTANCE] * self.block_size])
+        self.pools = DraftPools(module.config, tables.num_blocks, tables.block_size, module.fc.weight.dtype, self._device)
+
+    @torch.no_grad()
+    def project(self, taps: Any) -> Tensor:
+        """Context features [n, d] of concatenated taps [n, len(taps) * d]."""
+        return self.module.project(taps)
+
+    @torch.no_grad()
+    def propose(self, turns: Sequence[DraftTurn]) -> None:
+        """Store the context of all turns, in one pass a layer, and note what each request may draft next."""
+        for turn in turns:
+            self._advance(turn)
+        fed = [(turn, count) for turn in turns if (count := _num_usable(turn)) > 0]
+        if not fed:
+            return
+        features = torch.cat([turn.features[:count] for turn, count in fed]).to(self.module.fc.weight.dtype)
+        positions = torch.cat([torch.arange(turn.feature_start, turn.feature_start + count) for turn, count in fed])
+        slots = torch.cat([self._slots(turn.request_id, turn.feature_start, count) for turn, count in fed]).to(self._device)
+        for layer, (k, v) in enumerate(self.module.context_kv(features, positions.to(self._device))):
+            self.pools.write(layer, slots, k, v)
+
+    @torch.no_grad()
+    def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
+        """Draft up to ``want[id]`` tokens for every request that has a turn; computed here and now."""
+        counts = {request_id: self._num_wanted(request_id, limit) for request_id, limit in want.items()}
+        chosen = [request_id for request_id, count in counts.items() if count > 0]
+        if not chosen:
+            return {}
+        states = [self._states[request_id] for request_id in chosen]
+        draft = self._draft(chosen, states, max(counts[request_id] for request_id in chosen))
+        return self._trees(chosen, states, [counts[request_id] for request_id in chosen], draft)
+
+    def close(self, request_ids: Sequence[str]) -> None:
+        """Forget requests that ended; their blocks belong to the target's pool."""
+        for request_id in request_ids:
+            self._states.pop(request_id, None)
+
+    def _advance(self, turn: DraftTurn) -> None:
+        """Bring the request's anchor up to ``turn``; a request whose tokens are missing drafts nothing until they come."""
+        state = self._states.get(turn.request_id)
+        known = 0 if state is None else state.base_len
+        if len(turn.tokens) == turn.base_len:
+            known = 0
+        if known + len(turn.tokens) != turn.base_len or turn.base_len == 0:
+            self._states.pop(turn.request_id, None)
+            return
+        if state is not None and turn.tokens and self.module.confidence_head is None:
+            self._learn(state, turn.tokens)
+        anchor = turn.tokens[-1] if turn.tokens or state is None else state.anchor
+        self._states[turn.request_id] = _State(turn.base_len, anchor, turn.sampling, turn.noise_seed, turn.max_draft)
+
+    def _learn(self, state: _State, committed: Sequence[int]) -> None:
+        """Count visible outcomes for modules without a confidence head.
+
+        Only where a token is accepted exactly when it equals the target's: under the ratio rule a trimmed draft and a
+        rejected one look alike from here.
+        """
+        if not state.is_exact:
+            return
+        for position, (drafted, true) in enumerate(zip(state.drafted, committed, strict=False)):
+            self._estimator.observe(0, position, drafted == true)
+            if drafted != true:
+                break
+
+    def _slots(self, request_id: str, start: int, count: int) -> Tensor:
+        """Pool slots [count] of positions ``start ..``."""
+        size = self._tables.block_size
+        first, last = start // size, (start + count - 1) // size
+        blocks = torch.tensor(self._tables.table(request_id)[first : last + 1], dtype=torch.int64)
+        slots = (blocks.unsqueeze(1) * size + torch.arange(size)).flatten()
+        return slots[start - first * size :][:count]
+
+    def _num_wanted(self, request_id: str, limit: int) -> int:
+        state = self._states.get(request_id)
+        return 0 if state is None else min(limit, state.max_draft, self.block_size)
+
+    def _draft(self, request_ids: Sequence[str], states: Sequence[_State], num_steps: int) -> BlockDraft:
+        lengths = [state.base_len - 1 for state in states]
+        context = PagedContext(self.pools, [self._tables.table(request_id) for request_id in request_ids], lengths)
+        anchors = self._tensor([state.anchor for state in states])
+        hidden = self.module.block_hidden(anchors, self._tensor(lengths), context)[:, :num_steps]
+        rows = DrawRows(
+            temperature=torch.tensor([state.sampling.temperature for state in states], dtype=torch.float32, device=self._device),
+            seeds=self._tensor([state.noise_seed for state in states]),
+            base_lens=self._tensor([state.base_len for state in states]),
+            coupled=torch.tensor([state.sampling.rule is AcceptanceRule.COUPLED for state in states], device=self._device),
+        )
+        return draw_block(self.module, hidden, anchors, rows, self._law_width, self._head_top_k)
+
+    def _trees(
+        self, request_ids: Sequence[str], states: Sequence[_State], counts: Sequence[int], draft: BlockDraft
+    ) -> dict[str, DraftTree]:
+        tokens = draft.tokens.tolist()
+        confidence = None if draft.confidence is None else draft.confidence.tolist()
+        trees = {}
+        for row, (request_id, state, count) in enumerate(zip(request_ids, states, counts, strict=True)):
+            sure = self._estimator.estimate(0) if confidence is None else confidence[row]
+            law = None if state.is_exact else DraftLaw(draft.ids[row, :count], draft.probs[row, :count])
+            state.drafted = tuple(tokens[row][:count])
+            trees[request_id] = DraftTree.chain(request_id, state.base_len, state.drafted, sure[:count], law)
+        return trees
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _num_usable(turn: DraftTurn) -> int:
+    """Features of committed positions before the anchor; what was computed for rejected drafts is of no use."""
+    if turn.features is None:
+        return 0
+    return min(int(turn.features.shape[0]), turn.base_len - 1 - turn.feature_start)
+
+
+def _resolve_top_k(head_top_k: int | None, device: torch.device) -> int | None:
+    """How many base logits the sequential head works on; None: all."""
+    if head_top_k is None:
+        return CPU_HEAD_TOP_K if device.type == "cpu" else None
+    if head_top_k < 0:
+        raise ValueError(f"head_top_k must be at least 0, not {head_top_k}")
+    return head_top_k or None

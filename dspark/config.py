@@ -36,10 +36,16 @@ class EngineConfig(BaseModel):
     profile: bool = Field(default=True, description="measure the step-cost table at start; without it adaptive never trims")
     threads: int | None = Field(default=None, ge=1, description="CPU threads for tensor work; None: torch's default")
 
-    @field_validator("speculation")
+    @field_validator("speculation", mode="before")
     @classmethod
-    def _parses(cls, value: str) -> str:
-        Speculation.parse(value)
+    def _parses(cls, value: object) -> object:
+        if value is False:  # YAML 1.1 reads a bare ``off`` as false
+            return "off"
+        if isinstance(value, str):
+            try:
+                Speculation.parse(value)
+            except ValueError:
+                raise ValueError("should be off, static:K, adaptive or adaptive:K with K from 1 to 64") from None
         return value
 
 

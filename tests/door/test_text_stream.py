@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from helpers.toy_tokenizers import families
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import families
 
 from dspark.sampling import SamplingParams
 from dspark.types import Finish, StepOutcome

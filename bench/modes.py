@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dspark.errors import ConfigError
 from dspark.types import Mode, Speculation
 
 TRANSFORMERS = "transformers"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def parse_modes(text: str) -> list[BenchMode]:
     return modes
 
 
-def rotated(modes: list[BenchMode], repeat: int) -> list[BenchMode]:
+def rotated(modes: list[T], repeat: int) -> list[T]:
     """The order for one repeat: each mode comes first equally often, so that no mode always follows another."""
     shift = repeat % len(modes)
     return modes[shift:] + modes[:shift]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from dspark.errors import ConfigError
+
+T = TypeVar("T")
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent / "prompts"
 DEFAULT_SETS = ("chat", "code", "math")
@@ -37,6 +41,6 @@ def _first_turn(line: str, where: str) -> str:
     return turns[0]
 
 
-def take(prompts: list[str], count: int) -> list[str]:
+def take(prompts: Sequence[T], count: int) -> list[T]:
     """``count`` prompts, from the start again when there are fewer."""
     return [prompts[i % len(prompts)] for i in range(count)]

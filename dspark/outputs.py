@@ -1,0 +1,157 @@
+"""What ``LLM`` returns: frozen results, and the collector that makes one out of step outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dspark.errors import WorkerLost
+from dspark.types import Finish, Request, StepOutcome, TokenLogprob
+
+if TYPE_CHECKING:
+    from dspark.workers.verifier.text import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the ``n`` answers to a prompt.
+
+    ``finish_reason`` is stop, length or abort; ``stop_reason`` the stop string or stop token id behind stop (None: EOS).
+    ``arrivals_s`` has the seconds from submission to each round that brought tokens. ``rounds`` counts those rounds,
+    ``drafted_rounds`` those that verified a draft, ``drafted`` and ``accepted`` tokens.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_reason: str | int | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    arrivals_s: tuple[float, ...]
+    rounds: int
+    drafted_rounds: int
+    drafted: int
+    accepted: int
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a verification round brought on average, the target's own included; 1 when nothing was drafted."""
+        return 1.0 + self.accepted / self.rounds if self.rounds else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """Everything about one prompt. Fields of an answer, such as ``text``, are those of the first choice.
+
+    ``submitted_at`` is on the clock of ``time.perf_counter``. ``prompt_logprobs`` begins with None: nothing predicts
+    the first token.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    num_cached_tokens: int
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None
+    submitted_at: float
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        return self.choices[0].logprobs
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a verification round brought on average, over all choices."""
+        rounds = sum(choice.rounds for choice in self.choices)
+        return 1.0 + sum(choice.accepted for choice in self.choices) / rounds if rounds else 1.0
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from submission to the first tokens, waiting included; 0 if there were none."""
+        return min((choice.arrivals_s[0] for choice in self.choices if choice.arrivals_s), default=0.0)
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from submission to the last tokens of the last choice."""
+        return max((choice.arrivals_s[-1] for choice in self.choices if choice.arrivals_s), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one round added to a stream. ``text`` may lag behind ``token_ids``; the last delta of a choice has a finish reason."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    logprobs: tuple[TokenLogprob, ...] | None
+
+
+class Collector:
+    """Gathers the outcomes of one choice."""
+
+    def __init__(self, index: int, request: Request, text: TextStream) -> None:
+        self.index = index
+        self.request = request
+        self.outcomes: list[StepOutcome] = []
+        self.finish: Finish | None = None
+        self.submitted_at = 0.0  # on the clock of time.perf_counter
+        self._text = text
+        self._texts: list[str] = []
+        self._arrivals_s: list[float] = []
+
+    def take(self, outcome: StepOutcome, arrived_at: float) -> Delta:
+        """Add one round; WorkerLost when the engine failed."""
+        if outcome.finish is Finish.ERROR:
+            raise WorkerLost(f"the engine failed: {outcome.error}")
+        self.outcomes.append(outcome)
+        self.finish = outcome.finish
+        if outcome.tokens:
+            self._arrivals_s.append(arrived_at - self.submitted_at)
+        self._texts.append(self._text.take(outcome))
+        return Delta(self.index, self._texts[-1], outcome.tokens, self.finish and self.finish.value, outcome.logprobs)
+
+    def choice(self) -> Choice:
+        """The whole answer; call it once the request has ended."""
+        rounds = [outcome for outcome in self.outcomes if outcome.tokens]
+        logprobs = tuple(entry for outcome in rounds for entry in outcome.logprobs or ())
+        return Choice(
+            index=self.index,
+            text="".join(self._texts),
+            token_ids=tuple(token for outcome in rounds for token in outcome.tokens),
+            finish_reason=(self.finish or Finish.ABORT).value,
+            stop_reason=self.outcomes[-1].stop_reason if self.outcomes else None,
+            logprobs=None if self.request.sampling.logprobs is None else logprobs,
+            arrivals_s=tuple(self._arrivals_s),
+            rounds=len(rounds),
+            drafted_rounds=sum(outcome.drafted > 0 for outcome in rounds),
+            drafted=sum(outcome.drafted for outcome in rounds),
+            accepted=sum(outcome.accepted for outcome in rounds),
+        )
+
+
+def make_output(collectors: Sequence[Collector]) -> RequestOutput:
+    """Join the choices of one prompt."""
+    outcomes = [outcome for collector in collectors for outcome in collector.outcomes]
+    return RequestOutput(
+        prompt_token_ids=collectors[0].request.prompt_token_ids,
+        choices=tuple(collector.choice() for collector in collectors),
+        num_cached_tokens=max((outcome.num_cached_tokens for outcome in collectors[0].outcomes), default=0),
+        prompt_logprobs=next((o.prompt_logprobs for o in outcomes if o.prompt_logprobs is not None), None),
+        submitted_at=collectors[0].submitted_at,
+    )

@@ -64,6 +64,9 @@ class ServeConfig(BaseModel):
     max_waiting: int = Field(
         default=256, ge=0, description="requests a router holds beyond what the verifiers run; more get 503 and Retry-After"
     )
+    replay_wait_s: float = Field(
+        default=60.0, ge=0.0, le=3600.0, description="longest wait for another verifier when one dies under a running stream"
+    )
     drain_s: float = Field(default=600.0, ge=0.0, le=86400.0, description="longest wait for running streams when a replica stops")
     api_key: SecretStr | None = Field(
         default=None, description="clients must send it as a bearer token; prefer api_key_file or the environment"

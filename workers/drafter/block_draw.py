@@ -85,7 +85,7 @@ def _target_ids(module: DSparkModule, ids: Tensor) -> Tensor:
 
 
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest logits of each row and their ids, [R, count] each, as ``topk`` gives them.
+    """The ``count`` largest logits of each row and their ids, [R, count] each, in no order.
 
     On CPU by way of the maxima of groups: the ``count`` best logits lie in the ``count`` groups with the best maxima, and
     searching those costs half as much as searching the row (V = 49,152, K = 512: 8.2 against 14.7 ms for 112 rows).
@@ -93,11 +93,11 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     num_rows, vocab = logits.shape
     num_groups, rest = divmod(vocab, TOP_K_GROUP)
     if logits.is_cuda or rest or num_groups <= 2 * count:
-        values, ids = logits.topk(count, dim=-1)
+        values, ids = logits.topk(count, dim=-1, sorted=False)
         return values, ids
     groups = logits.view(num_rows, TOP_K_GROUP, num_groups)  # group j holds ids j, j + num_groups, …
     best = groups.amax(1).topk(count, dim=-1, sorted=False).indices
     offsets = torch.arange(TOP_K_GROUP, device=logits.device).view(1, -1, 1) * num_groups
     ids = (best.unsqueeze(1) + offsets).flatten(1)
-    values, places = logits.gather(1, ids).topk(count, dim=-1)
+    values, places = logits.gather(1, ids).topk(count, dim=-1, sorted=False)
     return values, ids.gather(1, places)

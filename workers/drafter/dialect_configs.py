@@ -71,19 +71,20 @@ def read_module_config(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) 
         if kind not in ("dspark", "dflash"):
             raise ConfigError(f"drafter: {folder}: speculators_model_type {kind!r} is not supported; supported are dspark and dflash")
         return _speculators(folder, raw, has_qk_norm)
-    names = raw.get("architectures") or [None]
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     readers: dict[str, Callable[[Path, Mapping[str, Any], bool], ModuleConfig]] = {
         DEEPSPEC_QWEN3: _deepspec,
         DEEPSPEC_GEMMA4: _deepspec_gemma4,
         SPECFORGE: _specforge,
     }
-    if names[0] not in readers:
+    if name not in readers:
         raise ConfigError(f"drafter: {folder}: architectures {names!r} is no DSpark drafter; supported are {', '.join(readers)}")
-    return readers[names[0]](folder, raw, has_qk_norm)
+    return readers[name](folder, raw, has_qk_norm)
 
 
 def _deepspec(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    fields = Fields(folder, (raw, raw.get("dflash_config") or {}))
+    fields = Fields(folder, (raw, _section(folder, raw, "dflash_config")))
     shape = _shape(fields)
     masks = tuple(LayerMask(window) for window in _windows(fields))
     return ModuleConfig(
@@ -98,7 +99,7 @@ def _deepspec(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> Module
 
 
 def _deepspec_gemma4(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    fields = Fields(folder, (raw, raw.get("dflash_config") or {}))
+    fields = Fields(folder, (raw, _section(folder, raw, "dflash_config")))
     shares = bool(fields.get("attention_k_eq_v", False))
     if fields.get("enable_moe_block", False) or fields.get("hidden_size_per_layer_input", 0):
         raise fields.refuse("enable_moe_block and hidden_size_per_layer_input are not supported in draft layers")
@@ -121,7 +122,7 @@ def _deepspec_gemma4(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) ->
 
 
 def _specforge(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    fields = Fields(folder, (raw.get("dflash_config") or {}, raw.get("dspark_config") or {}, raw))
+    fields = Fields(folder, (_section(folder, raw, "dflash_config"), _section(folder, raw, "dspark_config"), raw))
     if (projector := fields.get("projector_type", "dspark")) != "dspark":
         raise fields.refuse(f"dflash_config.projector_type {projector!r} is not supported; supported is dspark")
     modes = set(fields.get("attention_modes", [])) | {fields.get("attention_mode", "gqa")}
@@ -144,7 +145,7 @@ def _specforge(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> Modul
 
 
 def _speculators(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    layers = raw.get("transformer_layer_config") or {}
+    layers = _section(folder, raw, "transformer_layer_config")
     fields, inner = Fields(folder, (raw,)), Fields(folder, (layers, raw))
     non_causal = bool(fields.get("sliding_window_non_causal", False))
     masks = tuple(LayerMask(w, from_anchor=True, causal=not non_causal) if w is not None else LayerMask() for w in _windows(inner))
@@ -169,14 +170,25 @@ def _samples_from_anchor(fields: Fields) -> bool:
     said = fields.get("sample_from_anchor")
     if said is not None:
         return bool(said)
-    methods = (fields.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    proposed, block = methods[0].get("speculative_tokens"), fields.integer("block_size", 1)
+    methods = _section(fields.folder, fields.places[0], "speculators_config").get("proposal_methods")
+    first = methods[0] if isinstance(methods, list) and methods else {}
+    proposed, block = first.get("speculative_tokens") if isinstance(first, Mapping) else None, fields.integer("block_size", 1)
     if proposed not in (block, block - 1):
         raise fields.refuse(
             f"sample_from_anchor is missing and speculators_config proposes {proposed!r} tokens for block_size {block}: "
             "set sample_from_anchor true if the anchor's slot predicts the first draft, false if only the masks predict"
         )
     return bool(proposed == block)
+
+
+def _section(folder: Path, raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The nested configuration ``name``; empty if there is none, ConfigError if it is no object."""
+    section = raw.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"drafter: {folder}: {name} must be an object, not {section!r}")
+    return section
 
 
 def _shape(fields: Fields) -> dict[str, Any]:

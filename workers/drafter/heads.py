@@ -55,7 +55,7 @@ class MarkovHead(nn.Module):
         if candidates is None:
             return F.linear(latent, self.markov_w2.weight)
         rows = F.embedding(candidates, self.markov_w2.weight)
-        return torch.bmm(rows, latent.unsqueeze(-1)).squeeze(-1)
+        return torch.bmm(latent.unsqueeze(1), rows.transpose(1, 2)).squeeze(1)
 
     def block_bias(self, previous: Tensor, hidden: Tensor) -> Tensor:
         """B_1 .. B_γ [R, γ, draft vocabulary] of known tokens ``previous`` [R, γ]: the form that training uses."""

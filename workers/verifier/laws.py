@@ -82,21 +82,24 @@ def _penalise(rows: Tensor, block: Block) -> None:
     """Repetition penalty over all tokens so far, then frequency and presence over the output, drafts before a row included."""
     s = block.sampling
     prompt = block.prompt if s.repetition_penalty != 1.0 else ()
-    sizes = [len(prompt), len(block.output), len(block.drafted)]
-    ids, places = torch.unique(torch.tensor([*prompt, *block.output, *block.drafted], dtype=torch.int64), return_inverse=True)
-    in_prompt, in_output, in_draft = places.split(sizes)
-    added = torch.zeros(block.num_rows, len(ids))
-    added[torch.arange(1, block.num_rows), in_draft] = 1.0
-    counts = torch.bincount(in_output, minlength=len(ids)) + added.cumsum(0)
-    seen = counts > 0
-    seen[:, in_prompt] = True
-    counts, seen, ids = counts.to(rows.device), seen.to(rows.device), ids.to(rows.device)
-    values = rows[:, ids]
+    history = torch.tensor([*prompt, *block.output, *block.drafted], dtype=torch.int64)
+    ids, places = torch.unique(history, return_inverse=True)
+    in_prompt, in_output, in_draft = places.split([len(prompt), len(block.output), len(block.drafted)])
+    counts = torch.bincount(in_output, minlength=len(ids)).to(torch.float32)
+    if block.drafted:
+        added = torch.zeros(block.num_rows, len(ids))
+        added[torch.arange(1, block.num_rows), in_draft] = 1.0
+        counts = counts + added.cumsum(0)
+    is_output = counts > 0
+    at = ids.to(rows.device)
+    values = rows[:, at]
     if s.repetition_penalty != 1.0:
+        seen = is_output.index_fill(-1, in_prompt, True).to(rows.device)
         repeated = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
         values = torch.where(seen, repeated, values)
-    values = values - s.frequency_penalty * counts - s.presence_penalty * (counts > 0)
-    rows[:, ids] = values
+    if s.frequency_penalty != 0.0 or s.presence_penalty != 0.0:
+        values -= counts.mul_(s.frequency_penalty).add_(is_output, alpha=s.presence_penalty).to(rows.device)
+    rows[:, at] = values
 
 
 @dataclass(frozen=True, slots=True)

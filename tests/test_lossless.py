@@ -1,0 +1,263 @@
+"""Speculation never changes the law: (b) exactly, by enumeration of two rounds; (c) by tests of fit over sampled tokens.
+
+Each checker is also shown rules, schedules and drafters that are wrong, and must refuse them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from helpers.exact_laws import (
+    ACCEPT_ARGMAX,
+    RATIO,
+    RESIDUAL_AFTER_TRIM,
+    TARGET_AFTER_REJECTION,
+    Drafting,
+    DraftLawOf,
+    Enumeration,
+    Law,
+    NumVerified,
+    Rule,
+    Tokens,
+    World,
+    markov_table,
+)
+from torch import Tensor
+
+from dspark.sampling import AcceptanceRule, SamplingParams
+from dspark.types import DraftLaw
+
+VOCAB = 5
+
+
+# --- (b) two rounds, enumerated -----------------------------------------------------------------------------------------
+
+
+def random_law(*key: object, scale: float = 1.5, top: int = VOCAB) -> Tensor:
+    """A law that is a function of its key, fp64; only its ``top`` likeliest ids, renormalised."""
+    noise = torch.randn(VOCAB, generator=torch.Generator().manual_seed(hash(key) % 2**31), dtype=torch.float64)
+    law = torch.softmax(noise * scale, dim=-1)
+    kept = torch.zeros_like(law).scatter(0, law.topk(top).indices, 1.0) * law
+    return kept / kept.sum()
+
+
+def target_of(seed: int, top: int = VOCAB) -> Law:
+    cache: dict[Tokens, Tensor] = {}
+
+    def law(tokens: Tokens) -> Tensor:
+        if tokens not in cache:
+            cache[tokens] = random_law(seed, tokens, top=top)
+        return cache[tokens]
+
+    return law
+
+
+def drafter_of(seed: int, top: int = VOCAB, scale: float = 1.5) -> DraftLawOf:
+    cache: dict[tuple[int, Tokens, Tokens], Tensor] = {}
+
+    def law(index: int, start: Tokens, drafted: Tokens) -> Tensor:
+        key = (index, start, drafted)
+        if key not in cache:
+            cache[key] = random_law(seed, *key, top=top, scale=scale)
+        return cache[key]
+
+    return law
+
+
+def fixed(first: int, second: int) -> NumVerified:
+    return lambda index, start, block: (first, second)[index]
+
+
+def by_context(index: int, start: Tokens, block: Tokens) -> int:
+    """Lengths that depend on everything a schedule may look at: the text, and a draft's predecessors but not itself."""
+    if hash((start, 1)) % 3 == 0:
+        return 0
+    return 1 if hash((start, block[:1], 2)) % 2 else len(block)
+
+
+def error(rule: Rule, target: Law, draft: DraftLawOf, num_verified: NumVerified, block_size: int = 2) -> float:
+    rounds = Enumeration(VOCAB, block_size, target, draft, num_verified, rule)
+    return rounds.worst_error(rounds.run(2), 5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lengths", [(2, 2), (0, 2), (1, 2), (2, 0), (1, 1), None], ids=str)
+def test_two_rounds_give_the_targets_law(seed: int, lengths: tuple[int, int] | None) -> None:
+    num_verified = by_context if lengths is None else fixed(*lengths)
+    assert error(RATIO, target_of(seed), drafter_of(seed + 100), num_verified) < 1e-12
+
+
+@pytest.mark.parametrize(("target_top", "draft_top"), [(5, 3), (3, 5), (2, 2), (5, 1), (1, 5)])
+def test_truncated_laws_give_the_targets_law(target_top: int, draft_top: int) -> None:
+    assert error(RATIO, target_of(7, target_top), drafter_of(8, draft_top), by_context) < 1e-12
+
+
+def test_equal_laws_and_certain_laws_give_the_targets_law() -> None:
+    target = target_of(3)
+    assert error(RATIO, target, lambda index, start, drafted: target(start + drafted), fixed(2, 1)) < 1e-12
+    assert error(RATIO, target, drafter_of(4, scale=40.0), by_context) < 1e-12
+
+
+@pytest.mark.parametrize("rule", [RESIDUAL_AFTER_TRIM, ACCEPT_ARGMAX, TARGET_AFTER_REJECTION])
+def test_the_enumeration_refuses_wrong_rules(rule: Rule) -> None:
+    assert error(rule, target_of(0), drafter_of(100), fixed(1, 1)) > 1e-3
+
+
+def test_the_enumeration_refuses_the_papers_biased_schedule() -> None:
+    """SPS = 1, 0.5, 0.45; confidence 0.8, then 0.9 after A and 0 after B: the best length over fresh confidences looks at x_1.
+
+    The early stop refuses the first draft before it has seen it, and is exact.
+    """
+    target: Law = lambda tokens: torch.tensor([0.7, 0.3], dtype=torch.float64)  # noqa: E731
+    draft: DraftLawOf = lambda index, start, drafted: torch.tensor([0.5, 0.5], dtype=torch.float64)  # noqa: E731
+    speed = (1.0, 0.5, 0.45)
+
+    def gains(block: Tokens) -> list[float]:
+        survival = [0.8, 0.8 * (0.9 if block[0] == 0 else 0.0)]
+        return [(1 + sum(survival[:count])) * speed[count] for count in range(3)]
+
+    def greediest(index: int, start: Tokens, block: Tokens) -> int:
+        return max(range(3), key=gains(block).__getitem__)
+
+    def early_stop(index: int, start: Tokens, block: Tokens) -> int:
+        gain = gains(block)
+        return next((count for count in range(2) if gain[count + 1] <= gain[count]), 2)
+
+    biased = Enumeration(2, 2, target, draft, greediest, RATIO)
+    first = sum(prob for tokens, prob in biased.run(1).items() if tokens[0] == 0)
+    assert first == pytest.approx(0.85)
+    assert biased.worst_error(biased.run(2), 2) > 0.05
+    stopped = Enumeration(2, 2, target, draft, early_stop, RATIO)
+    assert stopped.worst_error(stopped.run(2), 4) < 1e-12
+
+
+# --- (b) the coupled rule's text is one function of model, prompt, parameters and seed ------------------------------------
+
+
+def draftings(vocab_size: int, table: Tensor) -> list[Drafting]:
+    near = table + markov_table(vocab_size, 55, 0.7)
+    return [
+        Drafting(table, width=vocab_size, block_size=3),
+        Drafting(near, width=vocab_size, block_size=3, trim=lambda rng: rng.randrange(4)),
+        Drafting(near, width=2, block_size=5, trim=lambda rng: rng.randrange(6)),
+        Drafting(markov_table(vocab_size, 56), width=3, block_size=1, trim=lambda rng: 1),
+        Drafting(-table, width=1, block_size=3),
+        Drafting(None, trim=lambda rng: rng.randrange(3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(seed=1),
+        SamplingParams(seed=1, temperature=0.6, top_p=0.8, top_k=4),
+        SamplingParams(seed=1, presence_penalty=0.8, frequency_penalty=0.3, repetition_penalty=1.3, min_tokens=10, logit_bias={1: 2.0}),
+        SamplingParams(temperature=0.0, presence_penalty=0.8, frequency_penalty=0.3, min_tokens=10),
+        SamplingParams(temperature=0.0),
+    ],
+    ids=["plain", "truncated", "penalties", "greedy-penalties", "greedy"],
+)
+def test_coupled_text_is_the_same_for_every_draft(sampling: SamplingParams) -> None:
+    table = markov_table(VOCAB, 9)
+    world = World(table, stop_ids=(3,))
+    prompts = [(i % VOCAB, i // VOCAB % VOCAB, i % 2) for i in range(50)]
+    seeds = [i * 2**40 - 2**44 + i for i in range(50)]
+    plain = [text.output for text in world.generate(sampling, prompts, seeds, 20, None)]
+    alone = [world.generate(sampling, [prompt], [seed], 20, None)[0].output for prompt, seed in zip(prompts[:3], seeds[:3], strict=True)]
+    assert plain[:3] == alone
+    for drafting in draftings(VOCAB, table):
+        texts = world.generate(sampling, prompts, seeds, 20, drafting)
+        assert [text.output for text in texts] == plain
+        assert sum(text.verified for text in texts) > 0
+    perfect = world.generate(sampling, prompts, seeds, 20, draftings(VOCAB, table)[0])
+    if sampling == SamplingParams(seed=1):
+        assert all(text.accepted == text.verified for text in perfect), "the target's own law under its own noise is always right"
+
+
+def test_coupled_texts_differ_between_seeds_and_ratio_texts_between_drafts() -> None:
+    table = markov_table(VOCAB, 9)
+    world = World(table)
+    coupled = world.generate(SamplingParams(seed=1), [(0, 1)] * 2, [5, 6], 30, None)
+    assert coupled[0].output != coupled[1].output
+    ratio = SamplingParams(acceptance=AcceptanceRule.RATIO)
+    plain = world.generate(ratio, [(0, 1)] * 20, list(range(20)), 20, None)
+    drafted = world.generate(ratio, [(0, 1)] * 20, list(range(20)), 20, draftings(VOCAB, table)[1])
+    assert [text.output for text in plain] != [text.output for text in drafted]
+
+
+def test_both_rules_are_one_at_temperature_0() -> None:
+    table = markov_table(VOCAB, 9)
+    prompts = [(i % VOCAB, i // VOCAB) for i in range(25)]
+    texts = [
+        [text.output for text in World(table).generate(SamplingParams(temperature=0.0, acceptance=rule), prompts, [3] * 25, 20, drafting)]
+        for rule in AcceptanceRule
+        for drafting in (None, *draftings(VOCAB, table))
+    ]
+    assert all(text == texts[0] for text in texts)
+
+
+# --- (c) sampled tokens fit the law --------------------------------------------------------------------------------------
+
+SIZE = 32
+NUM_TEXTS, NUM_TOKENS = 350, 60  # 21,000 tokens a case
+PARAMS = {
+    "plain": SamplingParams(),
+    "temperature-top_p": SamplingParams(temperature=0.8, top_p=0.85),
+    "penalties": SamplingParams(
+        temperature=1.2, presence_penalty=0.6, frequency_penalty=0.2, repetition_penalty=1.2, top_p=0.95, min_tokens=20, max_tokens=None
+    ),
+}
+DRAFTINGS = {
+    "none": None,
+    "near-trimmed": Drafting(markov_table(SIZE, 1) + markov_table(SIZE, 2, 0.8), width=8, block_size=4, trim=lambda rng: rng.randrange(5)),
+    "one-hot": Drafting(None, trim=lambda rng: rng.randrange(1, 4)),
+}
+
+
+def sampled(sampling: SamplingParams, drafting: Drafting | None, rule: AcceptanceRule) -> tuple[float, float, float]:
+    """(two p-values, acceptance) of 21,000 tokens."""
+    rng = random.Random(4)
+    world = World(markov_table(SIZE, 1), stop_ids=(5,))
+    prompts = [tuple(rng.randrange(SIZE) for _ in range(3)) for _ in range(NUM_TEXTS)]
+    params = dataclasses.replace(sampling, acceptance=rule)
+    texts = world.generate(params, prompts, [rng.randrange(2**62) for _ in prompts], NUM_TOKENS, drafting)
+    verified = sum(text.verified for text in texts)
+    return *world.fit(params, texts), sum(text.accepted for text in texts) / max(1, verified)
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize(
+    ("drafts", "rule"),
+    [
+        ("none", AcceptanceRule.RATIO),
+        ("near-trimmed", AcceptanceRule.RATIO),
+        ("one-hot", AcceptanceRule.RATIO),
+        ("near-trimmed", AcceptanceRule.COUPLED),
+    ],
+)
+def test_sampled_tokens_fit_the_law(params: str, drafts: str, rule: AcceptanceRule) -> None:
+    by_id, by_rank, acceptance = sampled(PARAMS[params], DRAFTINGS[drafts], rule)
+    assert by_id > 1e-4
+    assert by_rank > 1e-4
+    if drafts == "near-trimmed":
+        assert acceptance > 0.2, "a test of drafts must accept some"
+
+
+def test_the_fit_refuses_a_drafter_that_ships_another_law() -> None:
+    def flattened(law: DraftLaw) -> DraftLaw:
+        return DraftLaw(law.ids, torch.full_like(law.probs, 1 / law.probs.shape[1]))
+
+    near = DRAFTINGS["near-trimmed"]
+    assert near is not None
+    liar = Drafting(near.table, near.width, near.block_size, near.trim, flattened)
+    by_id, by_rank, _ = sampled(PARAMS["plain"], liar, AcceptanceRule.RATIO)
+    assert min(by_id, by_rank) < 1e-6
+
+
+def test_the_fit_refuses_a_small_shift_of_temperature() -> None:
+    world = World(markov_table(SIZE, 1))
+    texts = world.generate(SamplingParams(temperature=1.05), [(1, 2)] * NUM_TEXTS, list(range(NUM_TEXTS)), NUM_TOKENS, None)
+    assert min(world.fit(SamplingParams(), texts)) < 1e-6

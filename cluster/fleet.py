@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class ReplicaFacts:
     """What a verifier replica says through Serve, once: where its stream is, the secret to open it, what it runs.
 
-    ``model`` is the served name, ``folder`` where its tokenizer lies, ``described`` the effective settings to print.
+    ``model`` is the engine's own name for what it serves, ``described`` the effective settings to print.
     """
 
     replica_id: str
@@ -35,8 +35,6 @@ class ReplicaFacts:
     token: str
     fingerprint: str
     model: str
-    folder: str
-    revision: str | None
     max_model_len: int
     described: dict[str, object]
 

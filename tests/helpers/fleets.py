@@ -15,7 +15,7 @@ from dspark.workers.wire.local import LocalLink
 
 
 def facts_of(name: str, fingerprint: str = "model") -> ReplicaFacts:
-    return ReplicaFacts(name, f"local:{name}", "secret", fingerprint, "tiny", "", None, 1024, {})
+    return ReplicaFacts(name, f"local:{name}", "secret", fingerprint, "tiny", 1024, {})
 
 
 @dataclass

@@ -1,0 +1,95 @@
+"""The router deployment: the HTTP ingress, which finds the verifiers through Serve and streams from them directly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from dspark.cluster.dispatch import Dispatcher
+from dspark.cluster.fleet import Fleet, ReplicaFacts
+from dspark.cluster.http.app import HttpOptions, make_app
+from dspark.cluster.http.metering import Family
+from dspark.cluster.http.service import Service
+from dspark.config import ServeConfig
+from dspark.workers.wire.client import GrpcLink
+from dspark.workers.wire.link import Link
+
+DISCOVERY_TIMEOUT_S = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+@serve.ingress()
+class Router:
+    """Tokenises, routes, streams. Up as soon as it has a link to a first verifier."""
+
+    async def __init__(self, verifiers: DeploymentHandle[Any], config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        context = serve.get_replica_context()
+        self._name = context.replica_tag
+        self._verifiers = verifiers
+        self._own = serve.get_deployment_handle(context.deployment, context.app_name) if config.num_routers > 1 else None
+        self._options = HttpOptions(config.max_body_bytes, _secret(config), config.show_docs, self._other_families if self._own else None)
+        fleet = Fleet(self._discover, self._connect)
+        await fleet.start()
+        tokenizer = await asyncio.to_thread(_load_tokenizer, config)
+        while fleet.facts is None:
+            await fleet.wait_for_change(60.0)
+        facts = fleet.facts
+        dispatcher = Dispatcher(fleet, config.max_waiting, config.replay_wait_s)
+        name = config.model_name or facts.model
+        self._service = Service(dispatcher, tokenizer, name, f"dspark-{facts.fingerprint}", facts.max_model_len)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return make_app(self._service, self._options)
+
+    async def families(self, asked_by: str) -> list[Family]:
+        """What this replica measures; nothing if it asks itself."""
+        return [] if asked_by == self._name else self._service.meter.families()
+
+    async def begin_drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._service.dispatcher.is_draining = True
+
+    async def in_flight(self) -> int:
+        """Choices that are being generated for this replica's clients."""
+        return self._service.dispatcher.in_flight
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            await self._service.dispatcher.fleet.close()
+
+    async def _discover(self) -> Sequence[ReplicaFacts]:
+        try:
+            found = await self._verifiers.broadcast("describe").results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError):
+            return []
+        return [ReplicaFacts(**facts) for facts in found if isinstance(facts, dict)]
+
+    def _connect(self, facts: ReplicaFacts) -> Link:
+        return GrpcLink(facts.replica_id, facts.address, facts.token, self._name, facts.fingerprint)
+
+    async def _other_families(self) -> list[list[Family]]:
+        if self._own is None:
+            return []
+        found = await self._own.broadcast("families", self._name).results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
+        return [families for families in found if isinstance(families, list)]
+
+
+def _secret(config: ServeConfig) -> str | None:
+    key = config.read_api_key()
+    return None if key is None else key.get_secret_value()
+
+
+def _load_tokenizer(config: ServeConfig) -> object:
+    from dspark.deploy.default_model import default_cache, prepare
+    from dspark.workers.verifier.targets import load_tokenizer
+
+    folder = config.engine.model or str(prepare(default_cache(), _log.info))
+    return load_tokenizer(folder, config.engine.revision)

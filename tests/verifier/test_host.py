@@ -73,12 +73,16 @@ def test_requests_of_many_threads_get_their_own_tokens(host: EngineHost) -> None
     assert host.is_healthy()
 
 
+def submit_many(host: EngineHost, count: int) -> None:
+    for i in range(count):
+        host.submit(greedy(f"r{i}", range(3, 60), 150), Receiver())
+
+
 def test_refusals_reach_the_caller(host: EngineHost) -> None:
     with pytest.raises(BadRequest, match="empty"):
         host.submit(Request("a", ()), Receiver())
     with pytest.raises(Overloaded) as caught:
-        for i in range(200):
-            host.submit(greedy(f"r{i}", range(3, 60), 150), Receiver())
+        submit_many(host, 200)
     assert caught.value.retry_after_s > 0
 
 

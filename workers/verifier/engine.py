@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,8 +33,18 @@ class EngineOptions:
     max_model_len: int
     limits: Limits
     max_queued: int = 256
-    speculation: Speculation = Speculation()
+    speculation: Speculation = field(default_factory=Speculation)
     draft_wait_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """One row's tokens that got KV for good: ``count`` from flat index ``flat``, at positions ``start`` on."""
+
+    sequence: Sequence
+    flat: int
+    start: int
+    count: int
 
 
 class Engine:
@@ -106,8 +116,8 @@ class Engine:
             return []
         result = self.runner.forward(plan, self.sequences)
         verdicts = self._judge(plan, result)
-        outcomes, turns = self._commit(plan, result, verdicts)
-        self._propose(turns, result.taps)
+        outcomes, advances = self._commit(plan, result, verdicts)
+        self._propose(advances, result.taps)
         return outcomes
 
     def _collect(self) -> None:
@@ -142,12 +152,10 @@ class Engine:
         sampling = sequence.request.sampling
         return (() if sampling.ignore_eos else self.target.eos_ids) + sampling.stop_token_ids
 
-    def _commit(
-        self, plan: VerifyPlan, result: StepResult, verdicts: dict[str, Verdict]
-    ) -> tuple[list[StepOutcome], list[tuple[Sequence, int, int, int]]]:
-        """Commit every row; returns outcomes, and (request, first flat token, first position, count) of each row's kept tokens."""
+    def _commit(self, plan: VerifyPlan, result: StepResult, verdicts: dict[str, Verdict]) -> tuple[list[StepOutcome], list[Advance]]:
+        """Commit every row; returns the outcomes, and what the rows of requests that go on leave for the drafter."""
         outcomes: list[StepOutcome] = []
-        turns: list[tuple[Sequence, int, int, int]] = []
+        advances: list[Advance] = []
         ended: list[Sequence] = []
         flat = 0
         self.counters.steps += 1
@@ -163,11 +171,11 @@ class Engine:
                 if outcome.finish is not None:
                     ended.append(sequence)
             if not ended or ended[-1] is not sequence:
-                turns.append((sequence, flat, row.start, kept))
+                advances.append(Advance(sequence, flat, row.start, kept))
             self.scheduler.commit(sequence, min(row.start + kept, sequence.num_known))
             flat += row.num_tokens
         self._forget(ended)
-        return outcomes, turns
+        return outcomes, advances
 
     def _commit_tokens(self, sequence: Sequence, verdict: Verdict, num_draft: int) -> StepOutcome:
         """Append a verdict's tokens as far as the request still runs."""
@@ -201,25 +209,25 @@ class Engine:
             top = sequence.request.sampling.prompt_logprobs or 0
             sequence.prompt_logprobs.extend(prompt_logprobs(result.logits[first : first + count], tokens, top))
 
-    def _propose(self, turns: Seq[tuple[Sequence, int, int, int]], taps: Tensor | None) -> None:
+    def _propose(self, advances: Seq[Advance], taps: Tensor | None) -> None:
         """Tell the drafter what became known, with the projected features of every position that got KV for good."""
-        features: list[Tensor | None] = [None] * len(turns)
-        if taps is not None and turns:
-            rows = [i for _, flat, _, kept in turns for i in range(flat, flat + kept)]
-            projected = self.drafter.project(taps[rows])
-            features = list(projected.split([kept for _, _, _, kept in turns]))
+        features: list[Tensor | None] = [None] * len(advances)
+        if taps is not None and advances:
+            rows = [i for a in advances for i in range(a.flat, a.flat + a.count)]
+            features = list(self.drafter.project(taps[rows]).split([a.count for a in advances]))
         may_draft = self.scheduler.gate.is_open()
-        messages = []
-        for (sequence, _, start, _), feature in zip(turns, features, strict=True):
-            is_ready = sequence.num_pending == 1 and sequence.id in self.sequences
+        turns = []
+        for advance, feature in zip(advances, features, strict=True):
+            sequence = advance.sequence
+            is_ready = sequence.num_pending == 1
             skips = not may_draft and sequence.speculation.mode is Mode.ADAPTIVE
             sequence.drafts_wanted = sequence.max_draft(self.drafter.block_size) if is_ready and not skips else 0
-            messages.append(
+            turns.append(
                 DraftTurn(
                     request_id=sequence.id,
                     base_len=sequence.num_known,
                     tokens=tuple(sequence.tokens[sequence.num_taught :]),
-                    feature_start=start,
+                    feature_start=advance.start,
                     features=feature,
                     max_draft=sequence.drafts_wanted,
                     sampling=sequence.request.sampling,
@@ -227,7 +235,7 @@ class Engine:
                 )
             )
             sequence.num_taught = sequence.num_known
-        self.drafter.propose(messages)
+        self.drafter.propose(turns)
 
     def _forget(self, ended: Seq[Sequence]) -> None:
         for sequence in ended:

@@ -52,8 +52,7 @@ class Target:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's stack of decoder layers."""
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
+    layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(f"{type(model).__name__} has no list of decoder layers that taps could read")
     return layers
@@ -84,7 +83,9 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: st
         )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ConfigError(f"model {name!r} cannot be loaded: {error}") from error
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    placed: PreTrainedModel = model.to(device)  # type: ignore[arg-type]  # the stub binds the wrapped method wrongly
+    placed.eval()  # type: ignore[no-untyped-call]
+    return placed
 
 
 def check_architecture(config: Any) -> None:

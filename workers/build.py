@@ -17,8 +17,12 @@ from dspark.config import EngineConfig
 from dspark.deploy.default_model import DEFAULT_MODEL_NAME, default_cache, default_drafter, prepare
 from dspark.errors import ConfigError
 from dspark.types import Drafter, Mode, Speculation
+from dspark.workers.drafter.dialects import load_drafter
+from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
+from dspark.workers.drafter.target_head import TargetHead
+from dspark.workers.self_check import SUSPICIOUS, acceptance_on_builtin_text
 from dspark.workers.verifier.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.verifier.engine import Engine, EngineOptions
 from dspark.workers.verifier.profile import measure_costs
@@ -68,6 +72,7 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
         speculation=Speculation.parse(config.speculation),
     )
     engine = Engine(target, pool, drafter, options, tokenizer)
+    _check_drafter(engine, tokenizer, drafter_name, progress)
     speculates = options.speculation.mode is Mode.ADAPTIVE and drafter.block_size > 0
     if speculates and config.profile:
         progress("measuring step costs")
@@ -169,10 +174,35 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Dra
 
 
 def _local_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool) -> Drafter:
-    from dspark.workers.drafter.dialects import load_drafter
-    from dspark.workers.drafter.local import LocalDrafter
-    from dspark.workers.drafter.target_head import TargetHead
-
-    head = TargetHead.of(target.model)
-    module = load_drafter(folder, head, target.dtype, target.device)
+    module = load_drafter(folder, target_head(target), target.dtype, target.device)
     return LocalDrafter(module, pool, law_width=config.draft_law_width)
+
+
+def target_head(target: Target) -> TargetHead:
+    """The target's embedding and output head, as drafters share them."""
+    embedding: Any = target.model.get_input_embeddings()
+    lm_head: Any = target.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    config = target.model.config.get_text_config(decoder=True)
+    return TargetHead(
+        embed=embedding.weight,
+        lm_head=lm_head.weight,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        num_layers=target.num_layers,
+        model_type=config.model_type,
+        embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _check_drafter(engine: Engine, tokenizer: Any, name: str, progress: Progress) -> None:
+    """Say loudly when a grafted drafter does not fit its target."""
+    if not engine.drafter.taps or tokenizer is None:
+        return
+    length = acceptance_on_builtin_text(engine, tokenizer)
+    progress(f"drafter check: {length:.2f} tokens a round on built-in text")
+    if length < SUSPICIOUS:
+        progress(
+            f"WARNING: drafter {name!r} is accepted almost never ({length:.2f} tokens a round): it is untrained, or was made"
+            " for another target, or its taps or anchor convention are read wrongly; expect no speed-up"
+        )

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 GROUP_WIDTH = 16  # rows of more tokens than this are computed alone
 
 

@@ -89,7 +89,6 @@ def test_limits_and_empty_drafts() -> None:
     assert schedule([Candidate((0.0, 0.9))], 1, 1, flat, 5, False) == [0]
 
 
-
 def test_plain_decoding_is_a_normal_answer() -> None:
     for can_look_ahead in (False, True):
         assert plan(((0.9, 0.9), (0.9, 0.9)), "linear", can_look_ahead) == [0, 0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from helpers.engines import make_engine, run, tiny_target
 from helpers.engines import greedy as greedy_request
+from helpers.engines import make_engine, run, tiny_target
 
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.profile import measure_costs

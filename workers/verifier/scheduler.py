@@ -199,5 +199,3 @@ def _cannot_be_biased(sequence: Sequence) -> bool:
     """Whether no schedule can change the law of the text: greedy, coupled, or drafts fixed by the history."""
     sampling = sequence.request.sampling
     return sampling.is_greedy or sampling.rule == "coupled" or (sequence.draft is not None and sequence.draft.law is None)
-
-

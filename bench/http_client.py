@@ -44,10 +44,15 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How one request went: a timeline, or an error."""
+    """How one request went: a timeline, or an error.
+
+    ``drafted_rounds`` and ``accepted`` are what the server says of its drafting; None if it says nothing.
+    """
 
     timeline: Timeline | None
     error: str | None = None
+    drafted_rounds: int | None = None
+    accepted: int | None = None
 
 
 class StreamFailure(Exception):
@@ -67,19 +72,20 @@ async def send(client: httpx.AsyncClient, ask: Ask, prompt: str, sent_s: float |
             if response.status_code != 200:
                 await response.aread()
                 return Answer(None, f"HTTP {response.status_code}")
-            return Answer(await read_stream(response.aiter_lines(), start))
+            return await read_stream(response.aiter_lines(), start)
     except (httpx.HTTPError, StreamFailure) as error:
         return Answer(None, str(error) or type(error).__name__)
 
 
-async def read_stream(lines: AsyncIterator[str], sent_s: float) -> Timeline:
-    """The timeline of a stream of server-sent events; StreamFailure if it is not whole.
+async def read_stream(lines: AsyncIterator[str], sent_s: float) -> Answer:
+    """The answer that a stream of server-sent events brings; StreamFailure if it is not whole.
 
     Chunks count when they carry text. An answer without any text counts with the chunk that ended it.
     """
     arrivals: list[float] = []
     finished_s: float | None = None
     num_tokens: int | None = None
+    speculation: Mapping[str, Any] = {}
     async for line in lines:
         if not line.startswith("data:"):
             continue
@@ -90,6 +96,8 @@ async def read_stream(lines: AsyncIterator[str], sent_s: float) -> Timeline:
         event = _parse(data)
         if event.get("usage"):
             num_tokens = event["usage"].get("completion_tokens")
+        if event.get("metrics"):
+            speculation = event["metrics"].get("speculative_decoding") or {}
         for choice in event.get("choices", ()):
             if _text(choice):
                 arrivals.append(now)
@@ -101,7 +109,8 @@ async def read_stream(lines: AsyncIterator[str], sent_s: float) -> Timeline:
         raise StreamFailure("the stream has no finish_reason")
     if num_tokens is None:
         raise StreamFailure("the server sent no usage, so its tokens cannot be counted")
-    return Timeline(sent_s, tuple(arrivals or [finished_s]), max(num_tokens, 1))
+    timeline = Timeline(sent_s, tuple(arrivals or [finished_s]), max(num_tokens, 1))
+    return Answer(timeline, None, speculation.get("num_spec_steps"), speculation.get("num_accepted_draft_tokens"))
 
 
 def _parse(data: str) -> dict[str, Any]:

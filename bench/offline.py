@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +25,7 @@ from dspark.errors import ConfigError
 from dspark.sampling import AcceptanceRule
 
 Encode = Callable[[str], list[int]]
-Build = Callable[[BenchMode, str], Runner]  # (mode, dtype) -> something that decodes
+Open = Callable[[Sequence[BenchMode], str], dict[BenchMode, Runner]]  # (modes, dtype) -> something that decodes for each
 WARM_UP_TOKENS = 16
 LOSSLESS_DTYPE = "float32"  # bf16 logits depend on how many rows a forward has; fp32 argmaxes do not
 COLUMNS = [
@@ -50,7 +51,6 @@ class OfflinePlan:
     a number is rounded up to whole groups of streams."""
 
     modes: tuple[BenchMode, ...]
-    drafter: str
     dtype: str
     folder: Path
     sets: tuple[str, ...]
@@ -64,33 +64,40 @@ class OfflinePlan:
     ignore_eos: bool = False
 
 
-def run_offline(plan: OfflinePlan, build: Build, encode: Encode, out: TextIO | None) -> list[OfflineRecord]:
+def run_offline(plan: OfflinePlan, open_runners: Open, encode: Encode, out: TextIO | None) -> list[OfflineRecord]:
     """Measure all points, print a row for every contender, write JSON lines as they come, print the ratios."""
-    runners = {mode: build(mode, plan.dtype) for mode in plan.modes}
     machine, commit = describe_machine(plan.dtype), source_commit()
-    print(f"{machine}; commit {commit}; {plan.max_tokens} new tokens")
+    print(f"{machine}; commit {commit}; {plan.max_tokens} new tokens", flush=True)
     table, records = Table(COLUMNS), []
-    try:
+    with opened(open_runners, plan.modes, plan.dtype) as runners:
         for name in plan.sets:
             prompts = encoded_set(plan, name, encode)
             for point in [Point(name, level, temperature) for temperature in plan.temperatures for level in plan.levels]:
                 runs = measure_point(plan, point, prompts, runners)
                 found = []
                 for contender, repeats in runs.items():
-                    drafter = plan.drafter if contender.mode.uses_drafter else "none"
-                    origin = Origin(runners[contender.mode].engine, drafter, machine, commit)
+                    runner = runners[contender.mode]
+                    origin = Origin(runner.engine, runner.drafter, runner.block_size, machine, commit)
                     found.append(make_record(point, contender, repeats, origin))
                 _print_rows(table, list(runs), found)
                 if out is not None:
                     out.writelines(record.to_json() + "\n" for record in found)
                     out.flush()
                 records += found
-    finally:
-        for runner in runners.values():
-            runner.close()
     print()
     print_report(rates_by_point([dataclasses.asdict(record) for record in records]), "plain")
     return records
+
+
+@contextmanager
+def opened(open_runners: Open, modes: Sequence[BenchMode], dtype: str) -> Iterator[dict[BenchMode, Runner]]:
+    """Runners for the length of a block."""
+    runners = open_runners(modes, dtype)
+    try:
+        yield runners
+    finally:
+        for runner in runners.values():
+            runner.close()
 
 
 def encoded_set(plan: OfflinePlan, name: str, encode: Encode) -> list[list[int]]:
@@ -130,7 +137,7 @@ def measure_point(
     return runs
 
 
-def check_lossless(plan: OfflinePlan, build: Build, encode: Encode) -> bool:
+def check_lossless(plan: OfflinePlan, open_runners: Open, encode: Encode) -> bool:
     """Whether greedy decoding gives the same tokens in every mode as in plain mode, in fp32; prints a line each."""
     level = max(plan.levels)
     settings = Settings(plan.max_tokens, ignore_eos=plan.ignore_eos)
@@ -139,20 +146,16 @@ def check_lossless(plan: OfflinePlan, build: Build, encode: Encode) -> bool:
     plain = next((mode for mode in modes if mode.name == "plain"), None)
     if plain is None or len(modes) < 2:
         raise ConfigError("--check-lossless compares with plain: --modes needs plain and at least one mode that speculates")
-    expected: dict[str, Run] = {}
     all_same = True
-    for mode in [plain, *(mode for mode in modes if mode is not plain)]:
-        runner = build(mode, LOSSLESS_DTYPE)
-        try:
-            answers = {name: runner.run(prompts, level, settings) for name, prompts in work.items()}
-        finally:
-            runner.close()
-        expected = expected or answers
-        for name, run in answers.items():
-            if mode is not plain:
-                difference = first_difference(expected[name].token_ids, run.token_ids)
-                all_same &= difference is None
-                print(f"{name} {mode.label}: {difference or _same(run)}", flush=True)
+    with opened(open_runners, modes, LOSSLESS_DTYPE) as runners:
+        for name, prompts in work.items():
+            expected = runners[plain].run(prompts, level, settings)
+            for mode in modes:
+                if mode is not plain:
+                    run = runners[mode].run(prompts, level, settings)
+                    difference = first_difference(expected.token_ids, run.token_ids)
+                    all_same &= difference is None
+                    print(f"{name} {mode.label}: {difference or _same(run)}", flush=True)
     return all_same
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from dspark.bench.http_client import Answer, Ask, send
 from dspark.bench.machine import describe_machine, source_commit
-from dspark.bench.metrics import Limits, LoadSummary, Spread, poisson_arrivals, summarize
+from dspark.bench.metrics import Limits, LoadSummary, Spread, accepted_length, poisson_arrivals, summarize
 from dspark.bench.prompt_sets import load_set, take
 from dspark.bench.tables import Column, Table
 from dspark.errors import ConfigError
@@ -32,6 +32,7 @@ COLUMNS = [
     Column("TPOT p50/p90/p99 ms", 20),
     Column("ITL p50/p99 ms", 15),
     Column("tok/chunk", 9),
+    Column("acc.len", 7),
     Column("good/s", 7),
     Column("good", 5),
 ]
@@ -130,6 +131,14 @@ def summarize_answers(answers: Sequence[Answer], seconds: float, limits: Limits)
     return summarize(timelines, errors.total(), seconds, limits), errors
 
 
+def reported_acceptance(answers: Sequence[Answer]) -> float | None:
+    """Accepted length over all answers by what the server reports; None if it reports nothing."""
+    told = [(answer.accepted, answer.drafted_rounds) for answer in answers if answer.drafted_rounds is not None]
+    if not told:
+        return None
+    return round(accepted_length(sum(accepted or 0 for accepted, _ in told), sum(rounds for _, rounds in told)), 3)
+
+
 def as_record(summary: LoadSummary) -> dict[str, Any]:
     """The summary as flat JSON fields: ttft_p50_ms, tpot_p90_ms, …"""
     record: dict[str, Any] = {}
@@ -156,11 +165,13 @@ async def run_online(plan: OnlinePlan, out: TextIO | None) -> int:
             answers, seconds = await run_load(client, ask, take(prompts, plan.requests or load.default_requests()), load, plan.seed)
             summary, errors = summarize_answers(answers, seconds, plan.limits)
             failed += summary.errors
-            _print_row(table, name, load, summary)
+            acceptance = reported_acceptance(answers)
+            _print_row(table, name, load, summary, acceptance)
             for error, count in errors.most_common():
                 print(f"    {count} x {error}")
             if out is not None:
-                print(json.dumps(_record(plan, ask, name, load, summary)), file=out, flush=True)
+                record = _record(plan, ask, name, load) | as_record(summary) | {"accepted_length": acceptance}
+                print(json.dumps(record), file=out, flush=True)
     return failed
 
 
@@ -170,7 +181,7 @@ def _points(plan: OnlinePlan) -> Iterator[tuple[str, Load]]:
             yield name, load
 
 
-def _record(plan: OnlinePlan, ask: Ask, name: str, load: Load, summary: LoadSummary) -> dict[str, Any]:
+def _record(plan: OnlinePlan, ask: Ask, name: str, load: Load) -> dict[str, Any]:
     return {
         "kind": "online",
         "url": plan.url,
@@ -181,13 +192,12 @@ def _record(plan: OnlinePlan, ask: Ask, name: str, load: Load, summary: LoadSumm
         "temperature": ask.temperature,
         "max_tokens": ask.max_tokens,
         "limits": dataclasses.asdict(plan.limits),
-        **as_record(summary),
         "machine": describe_machine(),
         "commit": source_commit(),
     }
 
 
-def _print_row(table: Table, name: str, load: Load, summary: LoadSummary) -> None:
+def _print_row(table: Table, name: str, load: Load, summary: LoadSummary, acceptance: float | None) -> None:
     def joined(*values: float | None) -> str:
         return "/".join("-" if value is None else f"{value:.1f}" for value in values)
 
@@ -202,6 +212,7 @@ def _print_row(table: Table, name: str, load: Load, summary: LoadSummary) -> Non
         joined(tpot.p50, tpot.p90, tpot.p99),
         joined(itl.p50, itl.p99),
         summary.tokens_per_chunk,
+        acceptance,
         summary.goodput_per_s,
         f"{summary.goodput_share:.0%}",
     )

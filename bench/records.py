@@ -17,10 +17,10 @@ from dspark.sampling import AcceptanceRule
 class OfflineRecord:
     """One mode at one point; medians if it was repeated.
 
-    ``acceptance`` is the acceptance rule; empty at temperature 0, where both rules are one, and without drafts.
-    ``accepted_length`` counts rounds that verified drafts; ``verified_per_step`` is drafted tokens verified in one
-    forward over all its requests; ``acceptance_rate`` is accepted / verified. ``tokens_per_s_min`` and ``_max`` are
-    over the repeats.
+    ``draft_len`` is k of static:k, the upper limit of adaptive, 0 without drafts. ``acceptance`` is the acceptance
+    rule; empty at temperature 0, where both rules are one, and without drafts. ``accepted_length`` counts rounds that
+    verified drafts; ``verified_per_step`` is drafted tokens verified in one forward over all its requests;
+    ``acceptance_rate`` is accepted / verified. ``tokens_per_s_min`` and ``_max`` are over the repeats.
     """
 
     engine: str
@@ -78,6 +78,7 @@ class Origin:
 
     engine: str
     drafter: str
+    block_size: int
     machine: str
     commit: str
 
@@ -92,9 +93,10 @@ def make_record(point: Point, contender: Contender, runs: Sequence[Run], origin:
     accepted = sum(count.accepted for count in counts)
     rate = median(rates)
     return OfflineRecord(
-        **dataclasses.asdict(origin),
+        engine=origin.engine,
         mode=contender.mode.name,
-        draft_len=contender.mode.draft_len,
+        draft_len=contender.mode.draft_len or origin.block_size,
+        drafter=origin.drafter,
         acceptance=contender.rule or "",
         **dataclasses.asdict(point),
         requests=len(runs[0].timelines),
@@ -110,6 +112,8 @@ def make_record(point: Point, contender: Contender, runs: Sequence[Run], origin:
         repeats=len(runs),
         tokens_per_s_min=round(min(rates), 1),
         tokens_per_s_max=round(max(rates), 1),
+        machine=origin.machine,
+        commit=origin.commit,
     )
 
 

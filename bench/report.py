@@ -31,7 +31,7 @@ def read_lines(paths: Iterable[Path]) -> list[dict[str, Any]]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(record, dict) or "tokens_per_s" not in record:
+            if not isinstance(record, dict) or not ("kind" in record or "tokens_per_s" in record):
                 raise ConfigError(f"{path}:{number}: not a result of dspark bench (it has no tokens_per_s)")
             found.append(record)
     return found
@@ -44,9 +44,13 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def label_of(record: Mapping[str, Any]) -> str:
-    """``static:3``, ``plain``, …; what another engine ran is marked with its name."""
+def label_of(record: Mapping[str, Any], with_drafter: bool = False) -> str:
+    """``static:3``, ``plain``, ``adaptive:7 coupled``, …; what another engine ran is marked with its name."""
     label = f"{record['mode']}:{record['draft_len']}" if record.get("draft_len") else str(record["mode"])
+    if with_drafter and record.get("drafter", "none") != "none":
+        label += f" {Path(record['drafter']).name}"
+    if record.get("acceptance") == "coupled":
+        label += " coupled"
     engine = str(record.get("engine", ""))
     return label if engine.startswith("dspark") or record["mode"] == TRANSFORMERS else f"{engine} {label}"
 
@@ -56,13 +60,18 @@ def point_of(record: Mapping[str, Any]) -> tuple[str, int, float]:
     return str(record["prompt_set"]), int(record["concurrency"]), float(record.get("temperature", 0.0))
 
 
-def rates_by_point(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int, float], dict[str, float]]:
-    """Tokens a second of every label at every point; the median where a label was measured more than once."""
+def rates_by_point(records: Sequence[Mapping[str, Any]]) -> Rates:
+    """Tokens a second of every label at every point; the median where a label was measured more than once.
+
+    Only offline results are comparable: others (``kind`` online, compare) are left out. Drafters are named in the
+    labels if there are several.
+    """
+    offline = [record for record in records if "kind" not in record]
+    with_drafter = len({record["drafter"] for record in offline if record.get("drafter", "none") != "none"}) > 1
     found: dict[tuple[str, int, float], dict[str, list[float]]] = {}
-    for record in records:
-        rule = record.get("acceptance")
-        label = f"{label_of(record)} {rule}" if rule == "coupled" else label_of(record)
-        found.setdefault(point_of(record), {}).setdefault(label, []).append(float(record["tokens_per_s"]))
+    for record in offline:
+        labels = found.setdefault(point_of(record), {})
+        labels.setdefault(label_of(record, with_drafter), []).append(float(record["tokens_per_s"]))
     return {point: {label: median(rates) for label, rates in labels.items()} for point, labels in found.items()}
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dspark.bench.metrics import Timeline
 from dspark.bench.modes import BenchMode, parse_modes
-from dspark.bench.offline import OfflinePlan, check_lossless, first_difference, run_offline
+from dspark.bench.offline import OfflinePlan, Open, check_lossless, first_difference, run_offline
 from dspark.bench.records import Contender, Origin, Point, make_record
 from dspark.bench.report import draw, geometric_mean, label_of, print_report, rates_by_point, ratios_to, read_lines, scaling, summary_lines
-from dspark.bench.runners import Counts, Prompts, Run, Settings, groups
+from dspark.bench.runners import Counts, Prompts, Run, Runner, Settings
 from dspark.errors import ConfigError
 from dspark.sampling import AcceptanceRule
 
@@ -32,7 +32,15 @@ class Scripted:
     calls: list[tuple[str, int, int, Settings]]
     spoils: bool = False
     engine: str = "dspark-test"
-    closed: bool = field(default=False)
+    closed: bool = False
+
+    @property
+    def drafter(self) -> str:
+        return "ngram" if self.mode.uses_drafter else "none"
+
+    @property
+    def block_size(self) -> int:
+        return 6 if self.mode.uses_drafter else 0
 
     def run(self, prompts: Prompts, concurrency: int, settings: Settings) -> Run:
         self.calls.append((self.mode.label, len(prompts), concurrency, settings))
@@ -57,7 +65,6 @@ def folder(tmp_path: Path) -> Path:
 
 def plan_for(folder: Path, modes: str, **settings: object) -> OfflinePlan:
     defaults: dict[str, object] = {
-        "drafter": "ngram",
         "dtype": "float32",
         "folder": folder,
         "sets": ("tiny",),
@@ -73,21 +80,21 @@ def plan_for(folder: Path, modes: str, **settings: object) -> OfflinePlan:
 SECONDS = {"plain": 2.0, "static:3": 1.0, "adaptive": 0.5, "transformers": 4.0}
 
 
-def builder(calls: list[tuple[str, int, int, Settings]], spoiled: str = "") -> tuple[Callable[[BenchMode, str], Scripted], list[Scripted]]:
+def opener(calls: list[tuple[str, int, int, Settings]], spoiled: str = "") -> tuple[Open, list[Scripted]]:
     built: list[Scripted] = []
 
-    def build(mode: BenchMode, dtype: str) -> Scripted:
+    def open_runners(modes: Sequence[BenchMode], dtype: str) -> dict[BenchMode, Runner]:
         assert dtype == "float32"
-        built.append(Scripted(mode, SECONDS[mode.label], calls, mode.label == spoiled))
-        return built[-1]
+        built.extend(Scripted(mode, SECONDS[mode.label], calls, mode.label == spoiled) for mode in modes)
+        return {runner.mode: runner for runner in built}
 
-    return build, built
+    return open_runners, built
 
 
 def test_modes_are_interleaved_and_rotated(folder: Path) -> None:
     calls: list[tuple[str, int, int, Settings]] = []
-    build, built = builder(calls)
-    run_offline(plan_for(folder, "transformers,plain,adaptive", repeats=3), build, encode, None)
+    open_runners, built = opener(calls)
+    run_offline(plan_for(folder, "transformers,plain,adaptive", repeats=3), open_runners, encode, None)
     at_one = [(label, settings.max_tokens) for label, _, concurrency, settings in calls if concurrency == 1]
     assert at_one == [
         *[("transformers", 16), ("plain", 16), ("adaptive", 16)],
@@ -102,8 +109,8 @@ def test_modes_are_interleaved_and_rotated(folder: Path) -> None:
 
 def test_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = io.StringIO()
-    build, _ = builder([])
-    run_offline(plan_for(folder, "plain,static:3,transformers", levels=(1, 2), requests=3), build, encode, out)
+    open_runners, _ = opener([])
+    run_offline(plan_for(folder, "plain,static:3,transformers", levels=(1, 2), requests=3), open_runners, encode, out)
     records = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [(r["mode"], r["draft_len"], r["drafter"], r["concurrency"], r["requests"]) for r in records] == [
         ("plain", 0, "none", 1, 3),
@@ -128,7 +135,7 @@ def test_repeats_become_medians() -> None:
         return Run((Timeline(0.0, (seconds, 2 * seconds), 11),), ((0,) * 11,), seconds, Counts(10, 5, 10, 5))
 
     contender = Contender(parse_modes("static:2")[0], COUPLED)
-    record = make_record(Point("tiny", 1, 0.7), contender, [run(1.0), run(4.0), run(2.0)], Origin("dspark-test", "ngram", "m", "c"))
+    record = make_record(Point("tiny", 1, 0.7), contender, [run(1.0), run(4.0), run(2.0)], Origin("dspark-test", "ngram", 6, "m", "c"))
     assert (record.tokens_per_s, record.tokens_per_s_min, record.tokens_per_s_max, record.repeats) == (5.5, 2.8, 11.0, 3)
     assert (record.seconds, record.ttft_p50_ms, record.tpot_p50_ms, record.accepted_length) == (2.0, 2000.0, 200.0, 2.0)
     assert (record.acceptance, json.loads(record.to_json())["acceptance"]) == ("coupled", "coupled")
@@ -136,9 +143,9 @@ def test_repeats_become_medians() -> None:
 
 def test_both_rules_are_measured_above_temperature_zero(folder: Path) -> None:
     calls: list[tuple[str, int, int, Settings]] = []
-    build, _ = builder(calls)
+    open_runners, _ = opener(calls)
     plan = plan_for(folder, "plain,adaptive", levels=(1,), temperatures=(0.0, 1.0), rules=(RATIO, COUPLED))
-    records = run_offline(plan, build, encode, None)
+    records = run_offline(plan, open_runners, encode, None)
     assert [(r.temperature, r.mode, r.acceptance) for r in records] == [
         (0.0, "plain", ""),
         (0.0, "adaptive", ""),
@@ -150,37 +157,33 @@ def test_both_rules_are_measured_above_temperature_zero(folder: Path) -> None:
 
 
 def test_a_set_of_long_prompts_only(folder: Path) -> None:
-    build, built = builder([])
+    open_runners, built = opener([])
     with pytest.raises(ConfigError, match="at most 1 tokens"):
-        run_offline(plan_for(folder, "plain", max_prompt_tokens=1), build, encode, None)
+        run_offline(plan_for(folder, "plain", max_prompt_tokens=1), open_runners, encode, None)
     assert built[0].closed
 
 
 @pytest.mark.parametrize("spoiled", ["", "adaptive"])
 def test_check_lossless(folder: Path, capsys: pytest.CaptureFixture[str], spoiled: str) -> None:
-    build, built = builder([], spoiled)
-    same = check_lossless(plan_for(folder, "static:3,plain,transformers,adaptive"), build, encode)
+    open_runners, built = opener([], spoiled)
+    same = check_lossless(plan_for(folder, "static:3,plain,transformers,adaptive"), open_runners, encode)
     lines = capsys.readouterr().out.splitlines()
     assert same == (not spoiled)
     assert lines[0].startswith("tiny static:3: identical to plain (8 prompts, 28 tokens, 6 of them drafted")
     assert ("NOT identical: prompt 1 differs from token 5 on (5 in plain, 9 here)" in lines[1]) == bool(spoiled)
-    assert [runner.mode.label for runner in built] == ["plain", "static:3", "adaptive"]
+    assert [runner.mode.label for runner in built] == ["static:3", "plain", "adaptive"]
     assert all(runner.closed for runner in built)
 
 
 @pytest.mark.parametrize("modes", ["plain", "static:3,adaptive", "plain,transformers"])
 def test_check_lossless_needs_something_to_compare(folder: Path, modes: str) -> None:
     with pytest.raises(ConfigError, match="needs plain and at least one"):
-        check_lossless(plan_for(folder, modes), builder([])[0], encode)
+        check_lossless(plan_for(folder, modes), opener([])[0], encode)
 
 
 def test_first_difference() -> None:
     assert first_difference([[1, 2], [3]], [[1, 2], [3]]) is None
     assert first_difference([[1, 2]], [[1]]) == "NOT identical: prompt 1 differs from token 2 on (2 in plain, the end here)"
-
-
-def test_groups() -> None:
-    assert groups([[1], [2], [3]], 2) == [[[1], [2]], [[3]]]
 
 
 def line(mode: str, rate: float, **extra: object) -> dict[str, object]:
@@ -223,6 +226,13 @@ def test_report_prints_all_points(capsys: pytest.CaptureFixture[str]) -> None:
 def test_labels_name_other_engines() -> None:
     assert label_of(line("plain", 1.0)) == "plain"
     assert label_of(line("plain", 1.0, engine="vllm-0.26.0")) == "vllm-0.26.0 plain"
+
+
+def test_drafters_are_named_if_there_are_several() -> None:
+    one = line("adaptive", 1.0, draft_len=6, drafter="ngram")
+    other = line("adaptive", 2.0, draft_len=6, drafter="/models/mine")
+    assert rates_by_point([one, line("plain", 1.0, drafter="none")])["code", 1, 0.0].keys() == {"adaptive:6", "plain"}
+    assert rates_by_point([one, other])["code", 1, 0.0].keys() == {"adaptive:6 ngram", "adaptive:6 mine"}
 
 
 def test_geometric_mean() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from dspark.bench.http_client import Ask, StreamFailure, read_stream, send
 from dspark.bench.metrics import Limits
-from dspark.bench.online import Load, OnlinePlan, connect, run_load, run_online, summarize_answers
+from dspark.bench.online import Load, OnlinePlan, connect, reported_acceptance, run_load, run_online, summarize_answers
 from dspark.errors import ConfigError
 
 ASK = Ask(model="tiny", max_tokens=8)
@@ -93,15 +93,28 @@ async def lines_of(*lines: str) -> AsyncIterator[str]:
 
 def test_stream_counts_text_chunks_and_usage_tokens() -> None:
     lines = lines_of(": ping", "", chunk(), chunk("a"), chunk("b"), chunk("", "length"), usage(5), "data: [DONE]")
-    timeline = asyncio.run(read_stream(lines, 0.0))
-    assert (len(timeline.chunk_s), timeline.num_tokens) == (2, 5)
+    answer = asyncio.run(read_stream(lines, 0.0))
+    assert answer.timeline is not None
+    assert (len(answer.timeline.chunk_s), answer.timeline.num_tokens) == (2, 5)
+    assert reported_acceptance([answer]) is None
 
 
 def test_stream_of_completions_and_of_an_empty_answer() -> None:
     text = "data: " + json.dumps({"choices": [{"text": "x", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}})
-    assert len(asyncio.run(read_stream(lines_of(text, "data: [DONE]"), 0.0)).chunk_s) == 1
-    empty = asyncio.run(read_stream(lines_of(chunk("", "stop"), usage(0), "data: [DONE]"), 0.0))
-    assert (len(empty.chunk_s), empty.num_tokens) == (1, 1)
+    whole = asyncio.run(read_stream(lines_of(text, "data: [DONE]"), 0.0)).timeline
+    empty = asyncio.run(read_stream(lines_of(chunk("", "stop"), usage(0), "data: [DONE]"), 0.0)).timeline
+    assert whole is not None
+    assert empty is not None
+    assert (len(whole.chunk_s), len(empty.chunk_s), empty.num_tokens) == (1, 1, 1)
+
+
+def test_acceptance_is_what_the_server_reports() -> None:
+    def told(steps: int, accepted: int) -> str:
+        block = {"num_spec_steps": steps, "num_accepted_draft_tokens": accepted}
+        return "data: " + json.dumps({"choices": [], "usage": {"completion_tokens": 3}, "metrics": {"speculative_decoding": block}})
+
+    answers = [asyncio.run(read_stream(lines_of(chunk("a", "stop"), told(*one), "data: [DONE]"), 0.0)) for one in ((2, 5), (0, 0), (2, 1))]
+    assert reported_acceptance(answers) == 2.5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,221 @@
+"""`dspark bench` end to end on a tiny random model: real engines, a real baseline, no measurement worth reading."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_model import save_tiny_model
+from transformers import LlamaForCausalLM
+
+from dspark import LLM
+from dspark.bench.cli import main
+from dspark.bench.compare import ComparePlan, run_compare
+from dspark.bench.http_client import Ask
+from dspark.bench.in_process import run_in_process
+from dspark.bench.modes import parse_modes
+from dspark.bench.runners import Settings, Source
+from dspark.cli import main as dspark
+from dspark.errors import ConfigError, DSparkError
+from dspark.sampling import AcceptanceRule
+
+FAST = ["--max-tokens", "12", "--dtype", "float32", "--kv-tokens", "2048"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose every token names the next, in cycles of four: what it writes repeats, as an n-gram drafter needs."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
+    network = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding = network.model.embed_tokens.weight
+        following = torch.arange(len(embedding))  # what is left over names itself
+        whole = len(embedding) // 4 * 4
+        following[:whole] = following[:whole].view(-1, 4).roll(-1, 1).flatten()
+        network.lm_head.weight[following] = embedding
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "tiny.jsonl").write_text("".join(json.dumps({"turns": [f"say {n} ab ab ab ab ab"]}) + "\n" for n in range(3)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[LLM]:
+    with LLM(model, drafter="ngram", speculation="static:2", dtype="float32", kv_tokens=2048) as llm:
+        yield llm
+
+
+def test_offline_end_to_end(model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    command = ["offline", "--model", model, "--drafter", "ngram", "--modes", "transformers,plain,static:2", *FAST]
+    status = main([*command, "--sets", "tiny", "--prompts", str(prompts), "--concurrency", "1,2", "--check-lossless", "--json", str(out)])
+    printed = capsys.readouterr().out
+    records = {(r["mode"], r["concurrency"]): r for r in map(json.loads, out.read_text().splitlines())}
+    assert status == 0, printed
+    assert printed.count("identical to plain (8 prompts") == 1
+    assert set(records) == {("transformers", 1)} | {(mode, level) for mode in ("plain", "static") for level in (1, 2)}
+    assert {records["plain", 1]["output_tokens"], records["transformers", 1]["output_tokens"]} == {records["static", 1]["output_tokens"]}
+    static, plain = records["static", 2], records["plain", 2]
+    assert (static["drafter"], static["draft_len"], plain["drafter"], plain["draft_len"]) == ("ngram", 2, "none", 0)
+    assert 0 < static["verified_per_step"] <= 4
+    assert plain["verified_per_step"] == 0
+    assert (static["accepted_length"], static["acceptance_rate"]) == (3.0, 1.0)
+    assert static["ttft_p50_ms"] > 0
+    assert "float32" in static["machine"]
+    assert main(["report", str(out)]) == 0
+    assert "plain / transformers generate, one stream" in capsys.readouterr().out
+
+
+def test_check_only_measures_nothing(model: str, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--sets", "tiny", "--prompts", str(prompts), "--concurrency", "2", "--modes", "plain,static:2", "--check-only"]
+    assert main(["offline", "--model", model, "--drafter", "ngram", *FAST, *flags]) == 0
+    assert "tok/s" not in capsys.readouterr().out
+
+
+def test_runners_agree_and_count(model: str) -> None:
+    """Plain, static and transformers give the same greedy tokens; the counts add up to them."""
+    modes = parse_modes("plain,static:2,transformers")
+    runners = Source(model, model, "ngram", max_num_seqs=2, kv_tokens=2048).open(modes, "float32")
+    work = [[4, 5, 6, 7, 4, 5], [9, 9, 9, 9]]
+    with contextlib.ExitStack() as stack:
+        for runner in runners.values():
+            stack.callback(runner.close)
+        plain, static, baseline = (runners[mode].run(work, 1, Settings(10, ignore_eos=True)) for mode in modes)
+    assert plain.token_ids == static.token_ids
+    assert [len(ids) for ids in plain.token_ids] == [timeline.num_tokens for timeline in plain.timelines] == [10, 10]
+    assert [len(timeline.chunk_s) for timeline in baseline.timelines] == [len(ids) for ids in baseline.token_ids] == [10, 10]
+    assert plain.counts.steps == sum(len(timeline.chunk_s) for timeline in plain.timelines) == 20
+    assert (plain.counts.verified, plain.counts.drafted_rounds) == (0, 0)
+    chunks = sum(len(timeline.chunk_s) for timeline in static.timelines)
+    assert static.counts.accepted <= static.counts.verified
+    assert static.counts.steps == chunks == 20 - static.counts.accepted
+    assert plain.timelines[0].chunk_s[-1] <= plain.timelines[1].sent_s  # one at a time
+
+
+def test_sampling_settings_reach_the_engine(model: str) -> None:
+    (mode,) = parse_modes("static:2")
+    (runner,) = Source(model, model, "ngram", max_num_seqs=2, kv_tokens=2048).open([mode], "float32").values()
+    with contextlib.closing(runner):
+        run = runner.run([[8, 9, 10, 11, 8, 9]] * 2, 2, Settings(16, 0.01, AcceptanceRule.COUPLED, ignore_eos=True))
+    assert [len(ids) for ids in run.token_ids] == [16, 16]
+    assert run.counts.verified == run.counts.accepted > 0
+
+
+def test_engines_are_shared_by_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine without a drafter and one for all that speculate, which measures step costs if one is adaptive."""
+    opened: list[dict[str, Any]] = []
+
+    class Config:
+        drafter = "ngram"
+
+    class Fake:
+        config = Config()
+
+        def __init__(self, model: str | None, **settings: Any) -> None:
+            opened.append(settings)
+
+        def describe(self) -> dict[str, Any]:
+            return {"draft_block_size": 8}
+
+    monkeypatch.setattr("dspark.bench.runners.LLM", Fake)
+    modes = parse_modes("plain,static:3,adaptive")
+    runners = Source(None, "folder", "auto", max_num_seqs=16).open(modes, "bfloat16")
+    assert [(one["drafter"], one["speculation"], one["max_num_seqs"], one["prefix_cache"]) for one in opened] == [
+        ("none", "off", 16, False),
+        ("auto", "adaptive", 16, False),
+    ]
+    assert [(runners[mode].drafter, runners[mode].block_size) for mode in modes] == [("none", 0), ("ngram", 8), ("ngram", 8)]
+    Source(None, "folder", "auto", 1).open(parse_modes("static:3"), "bfloat16")
+    assert opened[-1]["speculation"] == "static:1"
+
+
+def test_the_baseline_runs_one_at_a_time(model: str) -> None:
+    (runner,) = Source(model, model, "none", 1).open(parse_modes("transformers"), "float32").values()
+    with contextlib.closing(runner), pytest.raises(ValueError, match="one prompt at a time"):
+        runner.run([[1]], 2, Settings(1))
+
+
+def test_in_process_load(llm: LLM) -> None:
+    answers, seconds = run_in_process(llm, Ask("", 6, ignore_eos=True), ["say ab ab"] * 5, concurrency=2)
+    timelines = [answer.timeline for answer in answers if answer.timeline is not None]
+    assert [timeline.num_tokens for timeline in timelines] == [6] * 5
+    assert all(timeline.e2e_s <= seconds for timeline in timelines)
+    failed, _ = run_in_process(llm, Ask("", 6, is_chat=False), [""], concurrency=1)
+    assert failed[0].error == "the prompt is empty"
+
+
+def test_compare_takes_turns(llm: LLM, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The HTTP side is replaced by the other one, so both sides must come out alike; order and records are checked."""
+    turns: list[str] = []
+
+    async def over_http(_: ComparePlan, ask: Ask, work: list[str], level: int) -> Any:
+        turns.append(f"http {ask.max_tokens}")
+        return run_in_process(llm, ask, work, level)
+
+    def in_process(llm: LLM, ask: Ask, work: list[str], level: int) -> Any:
+        turns.append(f"in-process {ask.max_tokens}")
+        return run_in_process(llm, ask, work, level)
+
+    monkeypatch.setattr("dspark.bench.compare._over_http", over_http)
+    monkeypatch.setattr("dspark.bench.compare.run_in_process", in_process)
+    plan = ComparePlan("http://nowhere", Ask("tiny", 6), None, prompts, ("tiny",), (1,), 3, 2, 5.0, "float32")
+    (comparison,) = run_compare(plan, llm, None)
+    assert turns == ["in-process 4", "http 4", "in-process 6", "http 6", "http 6", "in-process 6"]
+    assert 0.1 < comparison.throughput_ratio < 10
+    assert abs(comparison.added_ttft_ms) < 500
+    assert "added TTFT ms" in capsys.readouterr().out
+
+
+def test_compare_refuses_failed_requests(llm: LLM, prompts: Path) -> None:
+    plan = ComparePlan("http://127.0.0.1:9", Ask("tiny", 6), None, prompts, ("tiny",), (1,), 1, 1, 5.0, "float32")
+    with pytest.raises(DSparkError, match="http: 1 of 1 requests failed"):
+        run_compare(plan, llm, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["online"], "--url names the server"),
+        (["online", "--url", "http://x", "--drafter", "ngram", "--repeats", "2"], "--drafter, --repeats can only be used with"),
+        (["online", "--compare-in-process", "--rate", "2", "--seed", "1"], "--rate, --seed cannot be used with"),
+        (["offline", "--modes", "fast"], "use plain, static:K"),
+        (["report", "/nowhere.jsonl"], "cannot read"),
+    ],
+)
+def test_what_cannot_run_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(flags)
+    assert dspark(["bench", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--concurrency", "0"], ["--concurrency", "1,x"], ["--temperature", "-1"], ["--acceptance", "maybe"]])
+def test_bad_values_are_usage_errors(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["offline", *flags])
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_a_report_needs_offline_results(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"kind": "online", "tokens_per_s": 3}\n')
+    with pytest.raises(ConfigError, match="no offline results"):
+        main(["report", str(tmp_path / "r.jsonl")])
+
+
+def test_an_output_that_cannot_be_written(model: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot write"):
+        main(["offline", "--model", model, "--json", str(tmp_path / "no/out.jsonl")])

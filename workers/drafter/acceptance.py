@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-PRIOR_WEIGHT = 4.0
+PRIOR_WEIGHT = 8.0
 MAX_WEIGHT = 400.0
 EDGE = 1e-3  # estimates stay this far from 0 and 1
 

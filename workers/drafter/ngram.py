@@ -30,19 +30,20 @@ class _State:
     index: NgramIndex
     proposal: _Proposal | None = None
     limit: int = 0
-    last_accepted: int = -1  # accepted tokens of the last proposal whose outcome was seen; -1: none yet
 
 
 class NgramDrafter:
     """Drafts by the longest suffix match in prompt and output; the latest occurrence wins among equals.
 
-    ``block_size`` tokens are copied at most. Matches are ``min_ngram`` to ``max_ngram`` tokens long. A turn costs time
+    ``block_size`` tokens are copied at most. Matches are ``min_ngram`` to ``max_ngram`` tokens long; a match of one token is
+    right one time in four or five, which its confidence says (simulated for a CPU target at one stream, adaptive lengths:
+    1.37 to 1.66 times plain decoding with single tokens, 1.33 to 1.61 without). A turn costs time
     proportional to its new tokens, memory is proportional to the tokens of requests that are not closed.
     """
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, block_size: int = 8, min_ngram: int = 2, max_ngram: int = 8) -> None:
+    def __init__(self, block_size: int = 8, min_ngram: int = 1, max_ngram: int = 8) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}")
         NgramIndex(min_ngram, max_ngram)  # refuses bad lengths here and not at the first request
@@ -93,22 +94,20 @@ class NgramDrafter:
             state = self._states[turn.request_id] = _State(NgramIndex(self._min_ngram, self._max_ngram))
         if turn.tokens:
             if state.proposal is not None:
-                state.last_accepted = self._learn(state.proposal, turn.tokens)
+                self._learn(state.proposal, turn.tokens)
             state.index.extend(turn.tokens)
         return state
 
-    def _learn(self, proposal: _Proposal, committed: Sequence[int]) -> int:
-        """Count the outcomes that ``committed`` shows, up to the first mismatch; return how many tokens were right.
+    def _learn(self, proposal: _Proposal, committed: Sequence[int]) -> None:
+        """Count the outcomes that ``committed`` shows, up to the first mismatch.
 
-        A trimmed draft is observed as far as the committed tokens reach; what lies beyond them says nothing.
+        A trimmed draft is observed as far as the committed tokens reach; what lies beyond them says nothing. A token that
+        was not verified but came all the same counts as accepted: for a one-hot draft both have the target's probability.
         """
-        right = 0
         for position, (drafted, true) in enumerate(zip(proposal.tokens, committed, strict=False)):
             self._estimator.observe(proposal.bucket, position, drafted == true)
             if drafted != true:
                 break
-            right += 1
-        return right
 
     def _look_up(self, state: _State, base_len: int) -> _Proposal | None:
         match = state.index.match
@@ -116,25 +115,18 @@ class NgramDrafter:
             return None
         tokens = state.index.continuation(match.end, self.block_size)
         agrees = state.index.tokens[match.recent_end + 1] == tokens[0]
-        bucket = _bucket(match.length - self._min_ngram, agrees, state.last_accepted)
+        bucket = (match.length - self._min_ngram) * 2 + agrees
         return _Proposal(base_len, bucket, tuple(tokens), self._estimator.estimate(bucket))
 
 
-def _bucket(extra_length: int, agrees: bool, last_accepted: int) -> int:
-    """Bucket number from the match's length over the minimum, the agreement of its places, and the request's last outcome."""
-    history = 1 if last_accepted < 0 else 0 if last_accepted == 0 else 2
-    return (extra_length * 2 + agrees) * 3 + history
-
-
 def _prior(min_ngram: int, max_ngram: int, block_size: int) -> list[list[float]]:
-    """Estimates before any traffic, by bucket: a longer match, agreeing places and a good last round speak for the draft.
+    """Estimates before any traffic, by bucket: P(right) = 1 / (1 + 3.5 n^-1.7) after n matching tokens.
 
-    A draft token that follows ``k`` accepted ones continues a match that is ``k`` tokens longer, so it counts as such.
+    Fitted to SmolLM2's greedy answers (chat, code and arithmetic). A draft token that follows k right ones continues a match
+    that is k tokens longer. Half the odds where the latest place of the shortest suffix goes on differently.
     """
     rows = []
     for length in range(min_ngram, max_ngram + 1):
-        for odds in (0.6, 1.0):
-            for history in (0.7, 1.0, 1.5):
-                scale = 1.0 / (odds * history)
-                rows.append([1.0 / (1.0 + scale * 2.0 * 0.75 ** (length + k - 1)) for k in range(block_size)])
+        for odds in (0.5, 1.0):
+            rows.append([1.0 / (1.0 + 3.5 * (length + k) ** -1.7 / odds) for k in range(block_size)])
     return rows

@@ -118,13 +118,6 @@ def effective(config: BaseModel) -> tuple[Setting, ...]:
     return tuple(_settings(config, ""))
 
 
-def effective_text(config: BaseModel) -> str:
-    """One line a key; ``*`` marks what differs from the default."""
-    settings = effective(config)
-    width = max(len(setting.path) for setting in settings)
-    return "\n".join(f"{' ' if s.is_default else '*'} {s.path:<{width}}  {s.value}" for s in settings)
-
-
 def read_file(path: Path) -> dict[str, Any]:
     """The mapping a YAML or TOML file holds; ConfigError when it holds something else."""
     try:

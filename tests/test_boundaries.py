@@ -64,7 +64,7 @@ ROOMS = {
     "verifier": Room(names("nouns kernels"), MODEL_LIBRARIES),
     "drafter": Room(names("nouns kernels"), MODEL_LIBRARIES),
     "wire": Room(names("nouns"), names("grpc google numpy torch")),
-    "workers": Room(names("nouns kernels verifier drafter wire"), MODEL_LIBRARIES | names("huggingface_hub"), names("deploy")),
+    "workers": Room(names("nouns kernels verifier drafter wire deploy"), MODEL_LIBRARIES),  # build.py: where all of them meet
     "deploy": Room(names("nouns"), names("tqdm yaml"), lazy_libraries=MODEL_LIBRARIES | names("gguf")),
     "cluster": Room(
         EVERY_ROOM - names("training bench"),

@@ -175,6 +175,15 @@ def test_a_missing_turn_stops_drafting_until_the_request_starts_over() -> None:
     assert drafter.collect({"r": 4}, 0.0)["r"].base_len == 13
 
 
+def test_a_turn_that_comes_twice_changes_nothing() -> None:
+    module = tiny_module()
+    drafter = drafter_with(module, r=range(16))
+    feed(drafter, "r", 10)
+    for _ in range(3):
+        feed(drafter, "r", 12, start=9, known=10)
+        same(drafter.collect({"r": 4}, 0.0)["r"], one_shot(module, 12))
+
+
 def confidence_after(sampling: SamplingParams, outcome: str) -> tuple[float, ...]:
     """Confidence of a module without a confidence head after one judged draft."""
     drafter = drafter_with(tiny_module(has_confidence=False, confidence_with_markov=False), r=range(16))

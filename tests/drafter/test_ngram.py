@@ -98,6 +98,18 @@ def test_a_missing_turn_stops_drafting_until_the_request_starts_over() -> None:
     assert collect_one(drafter) is not None
 
 
+def test_a_turn_that_comes_twice_changes_nothing() -> None:
+    drafter = NgramDrafter()
+    drafter.propose([turn("r", 11, PROMPT)])
+    drafter.propose([turn("r", 13, [3, 4])])
+    first = collect_one(drafter)
+    for _ in range(3):
+        drafter.propose([turn("r", 13, [3, 4])])
+    assert collect_one(drafter) == first
+    drafter.propose([turn("r", 13, [3, 99])])  # not the same turn: the history is in doubt
+    assert collect_one(drafter) is None
+
+
 def test_requests_do_not_see_each_other() -> None:
     drafter = NgramDrafter()
     drafter.propose([turn("a", 4, [1, 2, 3, 4]), turn("r", 4, [7, 8, 1, 2])])

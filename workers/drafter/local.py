@@ -98,11 +98,14 @@ class LocalDrafter:
             self._states.pop(request_id, None)
 
     def _advance(self, turn: DraftTurn) -> None:
-        """Bring the request's anchor up to ``turn``; a request whose tokens are missing drafts nothing until they come."""
+        """Bring the request's anchor up to ``turn``; a request whose tokens are missing drafts nothing until they come.
+
+        A turn that comes twice changes nothing the second time.
+        """
         state = self._states.get(turn.request_id)
-        known = 0 if state is None else state.base_len
-        if len(turn.tokens) == turn.base_len:
-            known = 0
+        known = 0 if state is None or len(turn.tokens) == turn.base_len else state.base_len
+        if state is not None and turn.tokens and state.base_len == turn.base_len and state.anchor == turn.tokens[-1]:
+            return
         if known + len(turn.tokens) != turn.base_len or turn.base_len == 0:
             self._states.pop(turn.request_id, None)
             return

@@ -85,8 +85,13 @@ class NgramDrafter:
             self._states.pop(request_id, None)
 
     def _advance(self, turn: DraftTurn) -> _State | None:
-        """Bring the request's index up to ``turn``; None if tokens are missing, and then it drafts no more until it starts over."""
+        """Bring the request's index up to ``turn``; None if tokens are missing, and then it drafts no more until it starts over.
+
+        A turn that comes twice changes nothing the second time.
+        """
         state = self._states.get(turn.request_id)
+        if state is not None and len(state.index.tokens) == turn.base_len and tuple(state.index.tokens[-len(turn.tokens) :]) == turn.tokens:
+            return state
         if state is None or len(state.index.tokens) + len(turn.tokens) != turn.base_len:
             self._states.pop(turn.request_id, None)
             if len(turn.tokens) != turn.base_len:

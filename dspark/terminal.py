@@ -112,8 +112,8 @@ def _answer(llm: LLM, messages: list[dict[str, str]], line: str, params: Samplin
 
 
 def _statistics(output: RequestOutput) -> str:
-    tokens = len(output.token_ids)
-    return f"[{tokens} tokens in {output.latency_s:.2f} s, first after {output.ttft_s:.2f} s, acceptance length {output.acceptance_length:.2f}]"
+    spent = f"{len(output.token_ids)} tokens in {output.latency_s:.2f} s, the first after {output.ttft_s:.2f} s"
+    return f"[{spent}, acceptance length {output.acceptance_length:.2f}]"
 
 
 def _ask() -> str | None:

@@ -191,7 +191,7 @@ def fit(tokens: Sequence[int], laws: Tensor, groups: Sequence[int]) -> tuple[flo
     chosen = torch.tensor(tokens)
     member = torch.tensor(groups)
     statistic, freedom = 0.0, 0
-    for group in member.unique().tolist():
+    for group in sorted(set(groups)):
         part = laws[member == group]
         counts = torch.bincount(chosen[member == group], minlength=laws.shape[1]).to(torch.float64)
         covariance = part.sum(0).diag() - part.T @ part
@@ -254,7 +254,8 @@ class World:
         while running := [i for i, output in enumerate(outputs) if len(output) < num_tokens]:
             texts = [(*prompts[i], *outputs[i]) for i in running]
             trees = self._draft(sampling, texts, [seeds[i] for i in running], drafting, rng)
-            items, rows = [], []
+            items: list[JudgeItem] = []
+            rows: list[tuple[int, int]] = []
             for i, text, tree in zip(running, texts, trees, strict=True):
                 items.append(JudgeItem(str(i), sampling, seeds[i], prompts[i], tuple(outputs[i]), tree, len(rows), self.stop_ids))
                 whole = (*text, *(tree.tokens if tree else ()))
@@ -282,11 +283,11 @@ class World:
         before, last = (torch.tensor([text[k] for text in texts]) for k in (-2, -1))
         tokens, ids, probs = [], [], []
         for j in range(drafting.block_size):
-            law = truncate_law(drafting.table[before, last], torch.full((len(texts),), sampling.temperature), drafting.width)
-            before, last = last, draw(*law, torch.tensor(seeds), base_lens + j, base_lens, coupled)
+            top_ids, top_probs = truncate_law(drafting.table[before, last], torch.full((len(texts),), sampling.temperature), drafting.width)
+            before, last = last, draw(top_ids, top_probs, torch.tensor(seeds), base_lens + j, base_lens, coupled)
             tokens.append(last)
-            ids.append(law[0])
-            probs.append(law[1])
+            ids.append(top_ids)
+            probs.append(top_probs)
         trees: list[DraftTree | None] = []
         for r, text in enumerate(texts):
             count = drafting.trim(rng)

@@ -217,6 +217,16 @@ def test_penalties_inside_a_block_stop_a_repeated_draft() -> None:
     assert one(logits, dataclasses.replace(GREEDY, repetition_penalty=2.0), chain([7, 7])) == Verdict((7, 9), 1)
 
 
+@pytest.mark.parametrize("elements", [1, 10**6])
+def test_min_tokens_inside_a_sampled_block_however_it_is_passed(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "PASS_ELEMENTS", elements)
+    logits = torch.zeros(4, VOCAB)
+    logits[:, 0], logits[:, 9] = 80.0, 40.0
+    for sampling in (COUPLED, RATIO):
+        patient = dataclasses.replace(sampling, min_tokens=3, max_tokens=None)
+        assert one(logits, patient, chain([9, 9, 0])) == Verdict((9, 9, 0, 0), 3)
+
+
 def test_min_tokens_inside_a_block_and_bias() -> None:
     logits = torch.zeros(4, VOCAB)
     logits[:, 0], logits[:, 9] = 5.0, 4.5

@@ -115,6 +115,12 @@ def test_ties_keep_the_lowest_ids() -> None:
         assert laws.probs[2].nonzero().squeeze(1).tolist() == list(range(min(width, NARROW * 2)))
 
 
+def test_top_p_keeps_just_enough() -> None:
+    """Four equal ids and half the mass: two ids hold it exactly, and no third is kept."""
+    laws = target_laws(torch.zeros(3, 4), [SamplingParams(top_p=0.5), SamplingParams(top_p=0.51), SamplingParams(top_k=2, top_p=0.5)])
+    assert (laws.probs > 0).sum(-1).tolist() == [2, 3, 1]
+
+
 @pytest.mark.parametrize("case", ["top_k", "top_p", "min_p", "all-cuts", "wide-cuts", "top_k-wide", "min_p-1"])
 def test_coarse_logits_full_of_ties_equal_the_naive_law(case: str) -> None:
     rows = (logits_of(5, 4, 3000) * 2).round() / 2

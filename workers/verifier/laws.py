@@ -234,7 +234,7 @@ def _prefix(values: Tensor, limits: _Limits, vocab_size: int) -> tuple[Tensor, T
     is_known = (limits.top_k <= width) | (num_likely < width) | limits.is_open | is_whole
     mass = torch.where(limits.is_open, 1.0, cumulated.gather(1, base[:, None] - 1).squeeze(1))
     reached = (cumulated < (limits.top_p * mass)[:, None]).sum(-1) + 1
-    is_enough = is_whole | (limits.top_p >= 1.0) | (reached <= width)
+    is_enough = is_whole | (reached <= width)
     keep = torch.where(limits.top_p >= 1.0, base, torch.minimum(base, reached))
     # Ids of probability 0 take no part in the law; they would only look like a tie at the end.
     keep = torch.minimum(keep, (values > 0).sum(-1)).clamp(min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import http.client
@@ -12,18 +13,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Final
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.experimental import internal_kv
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from dspark.cluster.app import APP_NAME, QUIET, build_colocated
 from dspark.cluster.headers import IMPORT_PATH, IMPORT_PATH_ENV, MAX_BODY_ENV
+from dspark.cluster.processes import adopt_orphans, bounded, descendants, end_descendants, process_name
 from dspark.cluster.verifier import PROGRESS_KEY
 from dspark.config import EngineConfig, ServeConfig
 from dspark.config_file import effective
@@ -32,8 +36,11 @@ from dspark.errors import ConfigError, DSparkError
 POLL_S: Final = 0.1
 OBJECT_STORE_BYTES: Final = 128 * 2**20  # tokens go over gRPC; Serve itself needs next to nothing
 ERROR_MARK: Final = "error: "
+SHUTDOWN_S: Final = 20.0  # for Serve, and again for Ray
+LEFTOVER_S: Final = 5.0  # for processes that outlive Ray's own shutdown
+ASK_S: Final = 5.0
 
-Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 
 def serve_forever(config: ServeConfig, show_dashboard: bool = False) -> None:
@@ -60,7 +67,11 @@ def serve_forever(config: ServeConfig, show_dashboard: bool = False) -> None:
         docs = f" (docs: {url(config)}/docs)" if config.show_docs else ""
         _say(f"ready in {time.monotonic() - started:.0f} s: {url(config)}{docs}")
         stop.wait()
-        _drain(router, config.drain_s, stop)
+        draining = threading.Thread(target=_drain, args=(router, config.drain_s, stop), daemon=True)
+        draining.start()
+        while draining.is_alive() and _ray_lives():  # the same signal may have reached Ray's daemons: then nothing answers
+            draining.join(POLL_S)
+        _say("stopping")
 
 
 def url(config: ServeConfig) -> str:
@@ -142,6 +153,8 @@ def _local_ray(config: ServeConfig, show_dashboard: bool, stop: _StopSignal) -> 
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _say("starting Ray")
+    mine_before = descendants()
+    adopt_orphans()
     ray.init(
         address="local",
         include_dashboard=show_dashboard,
@@ -159,9 +172,31 @@ def _local_ray(config: ServeConfig, show_dashboard: bool, stop: _StopSignal) -> 
         )
         yield
     finally:
-        with contextlib.suppress(Exception):
-            serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        _end_ray(mine_before)
+
+
+def _end_ray(spare: set[int]) -> None:
+    """Take Serve and Ray down, in bounded time even if a signal to the whole process group has killed half of it."""
+    lives = _ray_lives()
+    steps = ((serve.shutdown, SHUTDOWN_S), (ray.shutdown, SHUTDOWN_S)) if lives else ((ray.shutdown, ASK_S),)
+    # Ray prints about its own controller's end to our standard output, whatever its log level says
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        for step, limit_s in steps:
+            try:
+                is_done = bounded(step, limit_s)
+            except Exception as error:  # noqa: BLE001 - a Ray that is half dead fails in many ways, and must end all the same
+                _log.warning("%s failed: %s", step.__qualname__, error)
+            else:
+                if not is_done:
+                    _log.warning("%s did not end within %g s", step.__qualname__, limit_s)
+                    atexit.unregister(ray.shutdown)  # it would be tried again when the interpreter ends, without a bound
+    if killed := end_descendants(spare, LEFTOVER_S if lives else 0.0):
+        _log.warning("%d processes of Ray had to be killed", killed)
+
+
+def _ray_lives() -> bool:
+    """Whether Ray's two daemons run below this process."""
+    return {"raylet", "gcs_server"} <= {process_name(pid) for pid in descendants()}
 
 
 def _deploy(config: ServeConfig, stop: _StopSignal) -> tuple[DeploymentHandle[Any], DeploymentHandle[Any]] | None:
@@ -200,19 +235,21 @@ def _is_healthy(config: ServeConfig) -> bool:
 
 def _drain(router: DeploymentHandle[Any], drain_s: float, stop: _StopSignal) -> None:
     """Refuse new requests, and wait for the running ones up to ``drain_s`` or a second signal."""
-    router.broadcast("begin_drain").results(timeout_s=10.0, return_exceptions=True)
-    deadline = time.monotonic() + drain_s
-    said = False
-    while not stop.is_hurried and time.monotonic() < deadline:
-        counts = router.broadcast("in_flight").results(timeout_s=10.0, return_exceptions=True)
-        running = sum(count for count in counts if isinstance(count, int))
-        if not running:
-            break
-        if not said:
-            said = True
-            _say(f"draining: {running} requests still run, for at most {drain_s:g} s; once more Ctrl-C stops now")
-        time.sleep(POLL_S)
-    _say("stopping")
+    try:
+        router.broadcast("begin_drain").results(timeout_s=ASK_S, return_exceptions=True)
+        deadline = time.monotonic() + drain_s
+        said = False
+        while not stop.is_hurried and time.monotonic() < deadline:
+            counts = router.broadcast("in_flight").results(timeout_s=ASK_S, return_exceptions=True)
+            running = sum(count for count in counts if isinstance(count, int))
+            if not running:
+                break
+            if not said:
+                said = True
+                _say(f"draining: {running} requests still run, for at most {drain_s:g} s; once more Ctrl-C stops now")
+            time.sleep(POLL_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        _log.warning("the routers cannot be asked to drain: %s", error)
 
 
 def _with_threads(config: ServeConfig) -> ServeConfig:

@@ -27,10 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["bench"]:  # it has its own commands and flags
-            return _bench(argv[1:])
-        args = _parse(_parser(), argv)
-        return int(args.run(args))
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
     except DSparkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,6 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] == ["bench"]:  # it has its own commands and flags
+        return _bench(argv[1:])
+    parser = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    args = _parse(parser, argv)
+    return int(args.run(args))
 
 
 def config_from(args: argparse.Namespace) -> ServeConfig:

@@ -21,11 +21,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(V),,--quiet) --constraint constraints.txt
 
-NEEDS       := pyproject.toml constraints.txt
-TORCH       := $(VENV)/.torch-installed
-SERVE       := $(VENV)/.serve-installed
-DEV         := $(VENV)/.dev-installed
-say = @printf '\033[1m==>\033[0m %s\n'
+NEEDS := pyproject.toml constraints.txt
+TORCH := $(VENV)/.torch-installed
+SERVE := $(VENV)/.serve-installed
+DEV   := $(VENV)/.dev-installed
+say = @echo '==>'
 
 .PHONY: help install install-dev model serve test lint format proto bench clean
 

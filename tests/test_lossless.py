@@ -1,4 +1,5 @@
-"""Speculation never changes the law: (b) exactly, by enumeration of two rounds; (c) by tests of fit over sampled tokens.
+"""Speculation changes neither text nor law: (a) greedy text of the embedded model, with every drafter; (b) exactly, by
+enumeration of two rounds; (c) by tests of fit over sampled tokens.
 
 Each checker is also shown rules, schedules and drafters that are wrong, and must refuse them.
 """
@@ -6,10 +7,15 @@ Each checker is also shown rules, schedules and drafters that are wrong, and mus
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.draft_modules import random_module
+from helpers.drafters import OracleDrafter
+from helpers.engines import FLAT, make_engine, run, tiny_target
 from helpers.exact_laws import (
     ACCEPT_ARGMAX,
     RATIO,
@@ -23,12 +29,21 @@ from helpers.exact_laws import (
     Rule,
     Tokens,
     World,
+    fit,
     markov_table,
+    reference_law,
 )
 from torch import Tensor
 
+from dspark.deploy.default_model import default_cache, prepare
 from dspark.sampling import AcceptanceRule, SamplingParams
-from dspark.types import DraftLaw
+from dspark.types import Drafter, DraftLaw, Request
+from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.drafter.ngram import NgramDrafter
+from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.verifier.costs import CostTable, Curve
+from dspark.workers.verifier.engine import Engine
+from dspark.workers.verifier.targets import Target, as_target, load_model, load_tokenizer
 
 VOCAB = 5
 
@@ -261,3 +276,89 @@ def test_the_fit_refuses_a_small_shift_of_temperature() -> None:
     world = World(markov_table(SIZE, 1))
     texts = world.generate(SamplingParams(temperature=1.05), [(1, 2)] * NUM_TEXTS, list(range(NUM_TEXTS)), NUM_TOKENS, None)
     assert min(world.fit(SamplingParams(), texts)) < 1e-6
+
+
+# --- (c) the same through the whole engine, with a real model's forward --------------------------------------------------
+
+TRIMMING = CostTable(Curve((1, 32, 256), (1.0, 1.2, 3.0)), Curve((1,), (0.0,)))  # admits survivals over about 0.2
+ENGINE_PARAMS = {
+    "temperature": 1.1,
+    "top_p": 0.95,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.3,
+    "repetition_penalty": 1.2,
+}
+
+
+def teacher_forced_logits(target: Target, prompt: tuple[int, ...], outputs: list[list[int]]) -> Tensor:
+    """Logits [texts, tokens, V] before every output token, from transformers' own attention."""
+    target.model.set_attn_implementation("eager")
+    ids = torch.tensor([[*prompt, *output] for output in outputs])
+    with torch.inference_mode():
+        logits = target.model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
+    target.model.set_attn_implementation("dspark_paged")
+    return logits
+
+
+@pytest.mark.parametrize("rule", list(AcceptanceRule))
+def test_the_engines_tokens_fit_the_law(rule: AcceptanceRule) -> None:
+    """20,000 tokens of a tiny Llama with a grafted random drafter and an adaptive schedule."""
+    target, prompt, num_texts, num_tokens = tiny_target(), (7, 11, 13), 2500, 8
+    pool = BlockPool(256)
+    drafter = LocalDrafter(random_module(target), pool, law_width=16)
+    engine = make_engine(target, drafter, pool, costs=TRIMMING, max_num_seqs=32, max_batch_tokens=256, max_queued=num_texts)
+    sampling = SamplingParams(acceptance=rule, max_tokens=num_tokens, ignore_eos=True, **ENGINE_PARAMS)
+    requests = [Request(str(i), prompt, sampling, noise_seed=9_000_001 + i) for i in range(num_texts)]
+    outputs = [result.tokens for result in run(engine, requests).values()]
+    counters = engine.counters
+    assert counters.accepted > 200, "a test of drafts must accept some"
+    assert counters.drafted < 0.9 * drafter.block_size * counters.drafted_rounds, "a test of schedules must trim some"
+    logits = teacher_forced_logits(target, prompt, outputs).tolist()
+    tokens, laws, groups = [], [], []
+    for rows, output in zip(logits, outputs, strict=True):
+        for j, token in enumerate(output):
+            tokens.append(token)
+            laws.append(reference_law(rows[j], sampling, prompt, output[:j]))
+            groups.append(j % 4)
+    by_id, by_rank = fit(tokens, torch.tensor(laws, dtype=torch.float64), groups)
+    assert by_id > 1e-4
+    assert by_rank > 1e-4
+
+
+# --- (a) greedy text of the embedded model, real prompts, every drafter -------------------------------------------------
+
+NUM_PROMPTS = 30
+NEW_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def smollm() -> tuple[Engine, list[Request]]:
+    """An fp32 engine of the embedded model and 30 real prompts of the project's own sets."""
+    folder = str(prepare(default_cache(), print))
+    target = as_target(load_model(folder, torch.float32, torch.device("cpu")), folder)
+    tokenizer = load_tokenizer(folder)
+    prompts = Path(__file__).parent.parent / "bench" / "prompts"
+    requests = []
+    for name in ("chat", "code", "math"):
+        texts = [json.loads(line)["turns"][0] for line in (prompts / f"{name}.jsonl").read_text().splitlines()]
+        for i, text in enumerate(sorted(texts, key=len)[: NUM_PROMPTS // 3]):
+            ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+            requests.append(Request(f"{name}{i}", tuple(ids), SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)))
+    return make_engine(target, num_blocks=600, max_batch_tokens=512, costs=FLAT), requests
+
+
+def test_greedy_text_is_the_same_with_every_drafter(smollm: tuple[Engine, list[Request]]) -> None:
+    engine, requests = smollm
+    plain = {name: result.tokens for name, result in run(engine, requests).items()}
+    truth = {r.id: [*r.prompt_token_ids, *plain[r.id]] for r in requests}
+    drafters: dict[str, Drafter] = {"n-gram": NgramDrafter(3)}
+    for fault in ("none", "random", "adversarial", "drop", "stale"):
+        drafters[fault] = OracleDrafter(truth, 3, fault, vocab_size=engine.target.vocab_size)
+    for name, drafter in drafters.items():
+        engine.drafter = drafter
+        begin = engine.counters.drafted
+        out = run(engine, requests)
+        assert {n: r.tokens for n, r in out.items()} == plain, name
+        assert engine.counters.drafted > begin, f"{name} drafted nothing"
+        if name == "none":
+            assert all(o.accepted == o.drafted for r in out.values() for o in r.outcomes), "the perfect drafter is always right"

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTurn
+from dspark.workers.build import target_head
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.module_config import LayerMask, ModuleConfig
 from dspark.workers.drafter.target_head import TargetHead
+from dspark.workers.verifier.targets import Target
 
 TINY = ModuleConfig(
     hidden_size=16,
@@ -81,3 +83,19 @@ def make_turn(
     return DraftTurn(
         request_id, base_len, tuple(tokens), feature_start, features, max_draft, sampling or SamplingParams(temperature=0.0), noise_seed
     )
+
+
+def random_module(target: Target, seed: int = 0, **changes: Any) -> DSparkModule:
+    """A random drafter for a tiny target of ``helpers.families``."""
+    shape = {
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": target.vocab_size,
+        "target_layer_ids": (-1, 1, 3),
+    }
+    module = DSparkModule(tiny_config(**(shape | changes)), target_head(target))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3 + (tensor.dim() == 1))
+    return module.requires_grad_(False).eval()

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import families
-from helpers.draft_modules import tiny_config, tiny_head
+from helpers.draft_modules import random_module, tiny_config, tiny_head
 from helpers.engines import FLAT, STEEP, greedy, make_engine, run, tiny_target
 
 from dspark.config import EngineConfig
 from dspark.errors import ConfigError
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, Request
-from dspark.workers.build import assemble, load_engine, target_head
+from dspark.workers.build import assemble, load_engine
 from dspark.workers.drafter.dialects import save_drafter
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.local import LocalDrafter
@@ -29,16 +29,6 @@ PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(4 + 9 * i)] for i in r
 @pytest.fixture(scope="module")
 def target() -> Target:
     return tiny_target()
-
-
-def make_module(target: Target, seed: int = 0, **changes: Any) -> DSparkModule:
-    shape = {"hidden_size": 64, "vocab_size": families.VOCAB, "draft_vocab_size": families.VOCAB, "target_layer_ids": (-1, 1, 3)}
-    module = DSparkModule(tiny_config(**(shape | changes)), target_head(target))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in module.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3 + (tensor.dim() == 1))
-    return module.requires_grad_(False).eval()
 
 
 def grafted(target: Target, module: DSparkModule, num_blocks: int = 128, **options: Any) -> Engine:
@@ -63,7 +53,7 @@ class Spy:
 
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
 def test_random_weights_never_change_the_text(target: Target, head: str) -> None:
-    module = make_module(target, head_type=HeadType(head))
+    module = random_module(target, head_type=HeadType(head))
     for params in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 4, "top_p": 0.9}):
         requests = [Request(n, tuple(p), SamplingParams(**({"max_tokens": 24, "ignore_eos": True} | params))) for n, p in PROMPTS.items()]
         plain = {n: r.tokens for n, r in run(make_engine(target, speculation="off"), requests).items()}
@@ -76,7 +66,7 @@ def test_random_weights_never_change_the_text(target: Target, head: str) -> None
 
 def test_prefix_hits_preemption_and_resume_keep_the_drafter_fed(target: Target) -> None:
     """The same drafts come out cold, after a prefix hit, in chunks, with speculation off before, and after a preemption."""
-    module = make_module(target)
+    module = random_module(target)
     request = greedy("r4", PROMPTS["r4"], 30)
     cold = grafted(target, module, speculation="static:3")
     reference = Spy(cold)
@@ -103,7 +93,7 @@ def assert_same_drafts(expected: Spy, actual: Spy, name: str) -> None:
 
 
 def test_ratio_rule_ships_the_law_it_drew_from(target: Target) -> None:
-    engine = grafted(target, make_module(target), speculation="static:4")
+    engine = grafted(target, random_module(target), speculation="static:4")
     spy = Spy(engine)
     out = run(engine, [Request(n, tuple(p), SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True)) for n, p in PROMPTS.items()])
     assert all(len(r.tokens) == 30 for r in out.values())
@@ -118,7 +108,7 @@ def test_ratio_rule_ships_the_law_it_drew_from(target: Target) -> None:
 def test_a_folder_is_loaded_and_checked(target: Target, tmp_path: Any) -> None:
     model = tmp_path / "target"
     families.make("llama").save_pretrained(model)
-    save_drafter(tmp_path / "draft", make_module(target, target_layer_ids=(0, 2)))
+    save_drafter(tmp_path / "draft", random_module(target, target_layer_ids=(0, 2)))
     config = EngineConfig(model=str(model), drafter=str(tmp_path / "draft"), dtype="float32", kv_tokens=1024, max_batch_tokens=64)
     lines: list[str] = []
     loaded = load_engine(config, lines.append)
@@ -140,7 +130,7 @@ class ByteTokenizer:
 
 
 def test_a_drafter_that_never_fits_is_reported_at_load(target: Target, tmp_path: Any) -> None:
-    save_drafter(tmp_path, make_module(target, target_layer_ids=(0, 2)))
+    save_drafter(tmp_path, random_module(target, target_layer_ids=(0, 2)))
     config = EngineConfig(model="x", drafter=str(tmp_path), kv_tokens=1024, max_batch_tokens=64, profile=False)
     lines: list[str] = []
     engine = assemble(target, ByteTokenizer(), config, lines.append).engine

@@ -18,6 +18,7 @@ from dspark.prompting import encode, render_chat
 from dspark.sampling import SamplingParams
 from dspark.types import Finish, Request, StepOutcome, TokenLogprob
 from dspark.workers.verifier.text import TextStream
+from dspark.workers.wire.codec import TOKEN_LIMIT
 
 INLINE_CHARS: Final = 8192  # tokenised on the event loop (about a millisecond); longer text goes to a thread
 MAX_CHOICES: Final = 128  # of one HTTP request: prompts times n
@@ -191,6 +192,8 @@ class Service:
     async def tokens_of_text(self, prompt: str | list[int]) -> list[int]:
         """The token ids of a completion's prompt."""
         if not isinstance(prompt, str):
+            if not 0 <= min(prompt) <= max(prompt) < TOKEN_LIMIT:
+                raise BadRequest("a prompt token id is out of range", "prompt")
             return prompt
         if len(prompt) <= INLINE_CHARS:
             return encode(self.tokenizer, prompt)

@@ -41,14 +41,11 @@ class _Run:
 class ScriptedHost:
     """Emits ``per_step`` tokens a step and request, ``step_s`` apart; ``gate`` holds it between steps when cleared."""
 
-    def __init__(self, step_s: float = 0.002, per_step: int = 2, max_running: int = 8, max_queued: int = 8, num_blocks: int = 256) -> None:
-        self.step_s, self.per_step, self.max_running, self.max_queued, self.num_blocks = (
-            step_s,
-            per_step,
-            max_running,
-            max_queued,
-            num_blocks,
-        )
+    def __init__(
+        self, step_s: float = 0.002, per_step: int = 2, max_running: int = 8, max_queued: int = 8, num_blocks: int = 256, vocab: int = VOCAB
+    ) -> None:
+        self.step_s, self.per_step, self.vocab = step_s, per_step, vocab
+        self.max_running, self.max_queued, self.num_blocks = max_running, max_queued, num_blocks
         self.gate = threading.Event()
         self.gate.set()
         self.healthy = True
@@ -65,8 +62,8 @@ class ScriptedHost:
         if self.fail_with is not None:
             raise self.fail_with
         with self._lock:
-            if any(token >= VOCAB for token in request.prompt_token_ids):
-                raise BadRequest(f"token ids must be under {VOCAB}", "prompt")
+            if any(token >= self.vocab for token in request.prompt_token_ids):
+                raise BadRequest(f"token ids must be under {self.vocab}", "prompt")
             if len(self._runs) >= self.max_running + self.max_queued:
                 raise Overloaded("the queue is full", 2.0)
             self.seen.append(request)
@@ -138,5 +135,12 @@ class ScriptedHost:
         run.known.extend(tokens)
         top = run.request.sampling.logprobs
         logprobs = None if top is None else tuple(TokenLogprob(t, -0.5, 1, tuple((i, -1.0 - i) for i in range(top))) for t in tokens)
+        wanted = run.request.sampling.prompt_logprobs
+        scored: tuple[TokenLogprob | None, ...] | None = None
+        if wanted is not None and run.num_output == len(tokens):
+            prompt = run.request.prompt_token_ids
+            scored = (None, *(TokenLogprob(t, -2.0, 3, tuple((i, -1.0 - i) for i in range(wanted))) for t in prompt[1:]))
         finish = Finish.LENGTH if run.num_output >= limit else None
-        return StepOutcome(run.request.id, len(run.known), tuple(tokens), len(tokens) - 1, self.per_step, logprobs, finish=finish)
+        return StepOutcome(
+            run.request.id, len(run.known), tuple(tokens), len(tokens) - 1, self.per_step, logprobs, scored, finish, num_cached_tokens=1
+        )

@@ -1,4 +1,8 @@
-"""What HTTP through Ray Serve adds to ``LLM.stream`` in process: the same prompts, in turns, never both at once."""
+"""What HTTP through Ray Serve adds to ``LLM.stream`` in process: the same prompts, in turns, never both at once.
+
+Both engines stay loaded all the time, so the idle processes of Ray weigh on both sides alike. Prefix caches are on, as
+users have them: the first repeat finds them cold on both sides, the others warm.
+"""
 
 from __future__ import annotations
 

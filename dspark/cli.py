@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, usage=command.format_usage)
     return command
 
 
@@ -191,12 +192,11 @@ def _add_sampling(parser: argparse.ArgumentParser, max_tokens: int) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse; an unknown flag is an error that suggests one."""
+    """Parse; an unknown flag is an error that suggests one of the command's own."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        known = [key.flag for key in keys()] + ["--config", "--json", "--chat", "--system", "--n", "--max-tokens", "--stop"]
-        match = difflib.get_close_matches(flag, known, 1)
+        match = difflib.get_close_matches(flag, re.findall(r"--[a-z-]+", args.usage()), 1)
         raise ConfigError(f"unknown argument {flag}" + (f"; did you mean {match[0]}?" if match else ""))
     return args
 

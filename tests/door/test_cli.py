@@ -84,6 +84,9 @@ def test_every_key_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> N
 BAD_COMMANDS = {
     "unknown flag": (["serve", "--kv-token", "5"], "unknown argument --kv-token; did you mean --kv-tokens?"),
     "unknown flag with value": (["serve", "--prot=5"], "unknown argument --prot; did you mean --port?"),
+    "flag of another command": (["serve", "--temperature", "0"], "unknown argument --temperature\n"),
+    "misspelt sampling flag": (["generate", "x", "--temprature", "0"], "did you mean --temperature?"),
+    "an argument too many": (["serve", "a", "b"], "unknown argument b"),
     "bad value": (["serve", "--port", "x"], "port: should be a valid integer"),
     "huge value": (["serve", "--port", "9" * 30], "port: should be less than or equal to 65535"),
     "model twice": (["serve", "a", "--model", "b"], "given twice"),

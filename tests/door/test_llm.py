@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dspark import LLM, SamplingParams
 from dspark.errors import BadRequest, ConfigError, Overloaded, WorkerLost
+from dspark.flight import Flight
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
@@ -210,6 +211,19 @@ def test_closing_from_another_thread_ends_the_reader(llm: LLM) -> None:
     closer.start()
     assert all(delta.finish_reason is None for delta in stream)
     closer.join()
+    assert_idle(llm)
+
+
+def test_an_interrupted_generate_leaves_nothing_running(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = Flight.receive
+
+    def interrupted(self: Flight) -> Any:
+        receive(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Flight, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([PROMPT] * 3, LONG)
     assert_idle(llm)
 
 

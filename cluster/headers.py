@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from typing import Final
 
 from starlette.datastructures import Headers
@@ -63,7 +64,9 @@ class ProxyGuard:
             return
         body = await self._read(headers, receive)
         if body is None:
-            await response_of(too_large(self._max_body_bytes))(scope, receive, send)
+            refusal = response_of(too_large(self._max_body_bytes))
+            refusal.headers[REQUEST_ID] = headers.get(REQUEST_ID) or uuid.uuid4().hex
+            await refusal(scope, receive, send)
         else:
             await self._app(scope, _Replayed(body, receive), send)
 

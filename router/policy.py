@@ -14,7 +14,7 @@ from typing import Final
 
 from dspark.types import ReplicaView
 
-MAX_AGE_S: Final = 10.0  # views come every second; an older one says little about the load now
+MAX_AGE_S: Final = 10.0  # views come four times a second; an older one says little about the load now
 TYPICAL_OUTPUT_TOKENS: Final = 128.0  # of a request whose length nobody knows yet
 FIXED_STEP_TOKENS: Final = 32.0  # without a table: what a step costs besides its tokens, in tokens
 BLOCK_SIZE: Final = 16

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from dspark.errors import TooLarge
 
 Result = TypeVar("Result")
+_SEPARATORS = {ord(separator): f"\\u{ord(separator):04x}" for separator in "\x85\u2028\u2029"}  # JSON escapes all others itself
 
 
 class ClientLeftError(Exception):
@@ -90,8 +91,11 @@ class EventStream(Response):
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """One ``data:`` event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One ``data:`` event, safe for clients that take every Unicode line separator for the end of a line."""
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(_SEPARATORS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

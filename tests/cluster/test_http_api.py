@@ -17,6 +17,7 @@ from helpers.toy_tokenizers import byte_level
 
 from dspark.cluster.dispatch import Dispatcher
 from dspark.cluster.http.app import HttpOptions, make_app
+from dspark.cluster.http.connection import event
 from dspark.cluster.http.service import Service
 from dspark.errors import Overloaded
 
@@ -491,6 +492,13 @@ def test_health_follows_the_verifiers() -> None:
             assert (draining.status_code, draining.json()["status"]) == (503, "draining")
 
     run(test)
+
+
+def test_events_are_single_lines_for_every_reader() -> None:
+    body = {"text": "a\x85b\u2028c\u2029d\ne\x0bf\x1cgµ"}
+    data, *rest = event(body).decode().splitlines()
+    assert rest == [""]
+    assert json.loads(data.removeprefix("data: ")) == body
 
 
 def test_models_and_docs() -> None:

@@ -24,7 +24,7 @@ from dspark.workers.wire.dspark_pb2_grpc import VerifierStub
 from dspark.workers.wire.link import Link
 
 TOKEN_KEY: Final = "dspark-token"
-SILENCE_S: Final = 30.0  # views come every second: half a minute without a word means that the process is stuck
+SILENCE_S: Final = 30.0  # views come four times a second: half a minute without a word means that the process is stuck
 
 _OPTIONS: Final = (
     ("grpc.max_send_message_length", MAX_UP_BYTES),

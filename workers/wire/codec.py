@@ -49,7 +49,7 @@ class WireError(ProtocolMismatch):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What a verifier says of itself about once a second: its view, whether it makes progress, and its counters."""
+    """What a verifier says of itself, four times a second: its view, whether it makes progress, and its counters."""
 
     view: ReplicaView
     healthy: bool = True

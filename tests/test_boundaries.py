@@ -52,12 +52,14 @@ class Room:
     never: frozenset[str] = frozenset()
 
 
-# "nouns" are the value types of dspark/ that every room speaks; "face" is the rest of dspark/ (LLM, cli, prompting).
-NOUNS = names("dspark.types dspark.sampling dspark.errors dspark.config dspark.SamplingParams dspark.AcceptanceRule dspark.__version__")
+# "nouns" are the values of dspark/ that every room speaks; "face" is the rest of dspark/ (LLM, cli, prompting).
+NOUNS = names("dspark.types dspark.sampling dspark.errors dspark.config dspark.config_file") | names(
+    "dspark.SamplingParams dspark.AcceptanceRule dspark.__version__"
+)
 MODEL_LIBRARIES = names("torch transformers numpy safetensors tqdm")
 EVERY_ROOM = names("nouns face kernels router verifier drafter wire workers deploy cluster training bench")
 ROOMS = {
-    "nouns": Room(names("nouns"), names("numpy pydantic")),
+    "nouns": Room(names("nouns"), names("numpy pydantic"), lazy_libraries=names("yaml")),
     "face": Room(names("nouns face"), names("numpy pydantic"), EVERY_ROOM, names("torch transformers jinja2 yaml tqdm")),
     "kernels": Room(names(""), names("torch triton")),
     "router": Room(names("nouns"), never=names("time datetime")),
@@ -70,7 +72,7 @@ ROOMS = {
         EVERY_ROOM - names("training bench"),
         names("ray fastapi starlette uvicorn pydantic grpc google numpy prometheus_client opentelemetry yaml"),
     ),
-    "training": Room(names("nouns kernels workers verifier drafter wire"), MODEL_LIBRARIES),
+    "training": Room(names("nouns kernels workers verifier drafter wire"), MODEL_LIBRARIES | names("pydantic")),
     "bench": Room(names("nouns face router"), names("numpy"), names("deploy"), names("httpx torch transformers matplotlib")),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),
 }

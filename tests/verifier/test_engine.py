@@ -215,7 +215,7 @@ def test_speculation_per_request(target: Target, plain: dict[str, Result]) -> No
 
 
 def test_priority_and_limits(target: Target) -> None:
-    engine = make_engine(target, max_num_seqs=1, max_queued=3)
+    engine = make_engine(target, max_num_seqs=1, max_queued=2)
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     for name, priority in (("low", 5), ("high", -1), ("mid", 0)):
         engine.add(Request(name, (3, 4, 5), params, priority=priority))
@@ -225,6 +225,14 @@ def test_priority_and_limits(target: Target) -> None:
     while engine.has_work:
         finished += [o.request_id for o in engine.step() if o.finish]
     assert finished == ["high", "mid", "low"]
+
+
+def test_without_a_queue_free_places_are_taken_and_no_more(target: Target) -> None:
+    engine = make_engine(target, max_num_seqs=2, max_queued=0)
+    engine.add(greedy("a", [3, 4]))
+    engine.add(greedy("b", [3, 4]))
+    with pytest.raises(Overloaded):
+        engine.add(greedy("c", [3, 4]))
 
 
 def test_abort_gives_everything_back(target: Target) -> None:

@@ -72,8 +72,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request; BadRequest names the field, Overloaded when too many wait."""
         self.check(request)
-        if len(self.scheduler.waiting) >= self.options.max_queued:
-            raise Overloaded(f"{len(self.scheduler.waiting)} requests are waiting, the limit is {self.options.max_queued}")
+        self.check_room(len(self.scheduler.waiting))
         speculation = request.speculation or self.options.speculation
         sequence = Sequence.of(request, speculation, self.options.max_model_len)
         if request.sampling.stop:
@@ -81,6 +80,12 @@ class Engine:
             sequence.text.push(sequence.output)
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
+
+    def check_room(self, num_waiting: int) -> None:
+        """Raise Overloaded if one more than ``num_waiting`` requests would neither run at once nor find a place to wait."""
+        places = max(0, self.options.limits.max_num_seqs - len(self.scheduler.running))
+        if num_waiting >= places + self.options.max_queued:
+            raise Overloaded(f"{num_waiting} requests are waiting; {places} can start and {self.options.max_queued} may wait")
 
     def check(self, request: Request) -> None:
         """Raise BadRequest if this engine could never serve the request."""

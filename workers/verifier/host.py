@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from dspark.errors import BadRequest, DSparkError, Overloaded, WorkerLost
+from dspark.errors import BadRequest, DSparkError, WorkerLost
 from dspark.types import Finish, ReplicaView, Request, StepOutcome
 from dspark.workers.verifier.engine import Engine, abort_outcome
 
@@ -49,9 +49,7 @@ class EngineHost:
             engine.check(request)
             if request.id in self._sinks:
                 raise BadRequest(f"request id {request.id!r} is in use", "request_id")
-            waiting = self._num_queued + len(engine.scheduler.waiting)
-            if waiting >= engine.options.max_queued:
-                raise Overloaded(f"{waiting} requests are waiting, the limit is {engine.options.max_queued}")
+            engine.check_room(self._num_queued + len(engine.scheduler.waiting))
             if not self._sinks:
                 self._last_progress = time.monotonic()
             self._sinks[request.id] = sink
@@ -129,7 +127,7 @@ class EngineHost:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:  # a finalizer may run anywhere
             self._thread.join()
 
     def _check_open(self) -> None:

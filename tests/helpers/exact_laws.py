@@ -184,8 +184,8 @@ def chi_square_p(statistic: float, freedom: int) -> float:
 def fit(tokens: Sequence[int], laws: Tensor, groups: Sequence[int]) -> tuple[float, float]:
     """Two p-values of tokens [n] against the laws they should follow [n, V], each law given all tokens before.
 
-    The first is a chi-square over (group, id) counts with the exact covariance of the laws; the second a chi-square over 32
-    bins of the randomised rank of each token within its law, which sees what cancels out over ids.
+    The first is a chi-square over (group, id) counts with the exact covariance of the laws; the second is ``even_rank_p`` by
+    the laws themselves, which sees what cancels out over ids.
     """
     laws = laws.to(torch.float64)
     chosen = torch.tensor(tokens)
@@ -200,13 +200,22 @@ def fit(tokens: Sequence[int], laws: Tensor, groups: Sequence[int]) -> tuple[flo
         inverse = torch.linalg.pinv(covariance[seen][:, seen], hermitian=True, rtol=1e-9)
         statistic += float(excess @ inverse @ excess)
         freedom += int(torch.linalg.matrix_rank(covariance[seen][:, seen], hermitian=True, rtol=1e-9))
-    rank_law, order = laws.sort(descending=True, stable=True)
-    place = (order == chosen[:, None]).to(torch.int64).argmax(-1)[:, None]
+    return chi_square_p(statistic, freedom), even_rank_p(tokens, laws, laws)
+
+
+def even_rank_p(tokens: Sequence[int], laws: Tensor, scores: Tensor) -> float:
+    """p-value of tokens [n] against laws [n, V], from 32 bins of each token's randomised rank by descending scores [n, V].
+
+    Any scores known before the token do; the sharpest are those a suspected error favours.
+    """
+    laws = laws.to(torch.float64)
+    order = scores.sort(descending=True, stable=True, dim=-1).indices
+    ranked = laws.gather(1, order)
+    place = (order == torch.tensor(tokens)[:, None]).to(torch.int64).argmax(-1)[:, None]
     jitter = torch.rand(len(tokens), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    at = rank_law.cumsum(-1).gather(1, place).squeeze(1) - jitter * rank_law.gather(1, place).squeeze(1)
+    at = ranked.cumsum(-1).gather(1, place).squeeze(1) - jitter * ranked.gather(1, place).squeeze(1)
     bins = torch.bincount((at * 32).long().clamp(0, 31), minlength=32).to(torch.float64)
-    spread = float((bins - len(tokens) / 32).square().sum() / (len(tokens) / 32))
-    return chi_square_p(statistic, freedom), chi_square_p(spread, 31)
+    return chi_square_p(float((bins - len(tokens) / 32).square().sum() / (len(tokens) / 32)), 31)
 
 
 # --- a tiny world ------------------------------------------------------------------------------------------------------
@@ -296,9 +305,12 @@ class World:
             trees.append(DraftTree.chain("", len(text), [int(part[r]) for part in tokens[:count]], [0.5] * count, kept))
         return trees
 
-    def fit(self, sampling: SamplingParams, texts: Sequence[Text]) -> tuple[float, float]:
-        """``fit`` of all output tokens against ``reference_law`` given what came before each."""
-        tokens, laws, groups = [], [], []
+    def fit(self, sampling: SamplingParams, texts: Sequence[Text], drafting: Drafting | None = None) -> list[float]:
+        """p-values of all output tokens against ``reference_law`` given what came before each.
+
+        Those of ``fit``, and with a drafting one more that ranks ids by target / draft: where acceptance errs, it errs there.
+        """
+        tokens, laws, groups, contexts = [], [], [], []
         for text in texts:
             whole = (*text.prompt, *text.output)
             for j, token in enumerate(text.output):
@@ -306,7 +318,17 @@ class World:
                 tokens.append(token)
                 laws.append(reference_law(self.table[before, last].tolist(), sampling, text.prompt, text.output[:j], self.stop_ids))
                 groups.append(last % 4)
-        return fit(tokens, torch.tensor(laws, dtype=torch.float64), groups)
+                contexts.append((before, last))
+        target = torch.tensor(laws, dtype=torch.float64)
+        values = list(fit(tokens, target, groups))
+        if drafting is not None and drafting.table is not None:
+            index = torch.tensor(contexts)
+            ids, probs = truncate_law(
+                drafting.table[index[:, 0], index[:, 1]], torch.full((len(index),), sampling.temperature), drafting.width
+            )
+            draft = torch.zeros_like(target).scatter_(1, ids, probs.to(torch.float64))
+            values.append(even_rank_p(tokens, target, target / (draft + 1e-6)))
+        return values
 
 
 def markov_table(vocab_size: int, seed: int, scale: float = 1.5) -> Tensor:

@@ -72,7 +72,7 @@ ROOMS = {
         EVERY_ROOM - names("training bench"),
         names("ray fastapi starlette uvicorn pydantic grpc google numpy prometheus_client opentelemetry yaml"),
     ),
-    "training": Room(names("nouns kernels workers verifier drafter wire"), MODEL_LIBRARIES | names("pydantic")),
+    "training": Room(names("nouns face kernels workers verifier drafter deploy"), MODEL_LIBRARIES | names("pydantic")),
     "bench": Room(names("nouns face router"), names("numpy"), names("deploy"), names("httpx torch transformers matplotlib")),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),
 }

@@ -36,8 +36,8 @@ class Choice:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens a verification round brought on average, the target's own included; 1 when nothing was drafted."""
-        return 1.0 + self.accepted / self.rounds if self.rounds else 1.0
+        """Tokens that a round with drafts committed on average, the target's own included (tau); 1 when nothing was drafted."""
+        return 1.0 + self.accepted / self.drafted_rounds if self.drafted_rounds else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class RequestOutput:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens a verification round brought on average, over all choices."""
-        rounds = sum(choice.rounds for choice in self.choices)
+        """Tokens that a round with drafts committed on average, over all choices."""
+        rounds = sum(choice.drafted_rounds for choice in self.choices)
         return 1.0 + sum(choice.accepted for choice in self.choices) / rounds if rounds else 1.0
 
     @property

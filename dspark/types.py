@@ -229,7 +229,7 @@ class ReplicaView:
     free_blocks: int
     num_blocks: int
     draining: bool = False
-    acceptance_length: float = 1.0
+    tokens_per_round: float = 1.0
     step_costs: tuple[tuple[int, float], ...] = ()
     prefix_digest: frozenset[int] = frozenset()
     budgets_met: float = 1.0

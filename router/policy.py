@@ -60,7 +60,7 @@ def predicted_work(view: ReplicaView, new_tokens: int, sent: Sent) -> float:
     lacks_blocks = new_tokens > view.free_blocks * BLOCK_SIZE
     excess = max(rows + 1 - view.max_running, int(lacks_blocks))
     if excess:
-        steps = TYPICAL_OUTPUT_TOKENS / max(view.acceptance_length, 1.0)
+        steps = TYPICAL_OUTPUT_TOKENS / max(view.tokens_per_round, 1.0)
         work += excess * steps * step_cost(view, view.max_running) / max(view.max_running, 1)
     return work
 

@@ -39,6 +39,6 @@ class EngineCounters:
         self.by_rule[rule].accepted += accepted
 
     @property
-    def acceptance_length(self) -> float:
-        """Tokens committed a round, the target's own included (tau)."""
+    def tokens_per_round(self) -> float:
+        """Tokens committed a round and request, rounds without drafts included: what predicts how long a request takes."""
         return 1.0 + self.accepted / self.rounds if self.rounds else 1.0

@@ -85,7 +85,7 @@ class EngineHost:
             free_blocks=engine.pool.num_free,
             num_blocks=engine.pool.num_blocks,
             draining=self._draining or self._closing,
-            acceptance_length=engine.counters.acceptance_length,
+            tokens_per_round=engine.counters.tokens_per_round,
             step_costs=() if costs is None else tuple(zip(costs.verify.sizes, costs.verify.seconds, strict=True)),
         )
 

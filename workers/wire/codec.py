@@ -280,7 +280,7 @@ def status_to_wire(status: Status) -> pb.View:
         free_blocks=view.free_blocks,
         num_blocks=view.num_blocks,
         draining=view.draining,
-        acceptance_length=view.acceptance_length,
+        tokens_per_round=view.tokens_per_round,
         step_tokens=[tokens for tokens, _ in view.step_costs],
         step_costs=[cost for _, cost in view.step_costs],
         prefix_digest=sorted(view.prefix_digest)[:MAX_DIGEST],
@@ -294,7 +294,7 @@ def status_from_wire(message: pb.View, replica_id: str, address: str) -> Status:
     """A checked status of the replica at the other end; WireError when it contradicts itself."""
     if len(message.step_tokens) != len(message.step_costs) or len(message.prefix_digest) > MAX_DIGEST or len(message.stats) > MAX_STATS:
         raise WireError("malformed view")
-    numbers = (message.acceptance_length, message.budgets_met, *message.step_costs, *message.stats.values())
+    numbers = (message.tokens_per_round, message.budgets_met, *message.step_costs, *message.stats.values())
     if not all(math.isfinite(number) for number in numbers):
         raise WireError("a number of the view is not finite")
     view = ReplicaView(
@@ -307,7 +307,7 @@ def status_from_wire(message: pb.View, replica_id: str, address: str) -> Status:
         free_blocks=message.free_blocks,
         num_blocks=message.num_blocks,
         draining=message.draining,
-        acceptance_length=message.acceptance_length,
+        tokens_per_round=message.tokens_per_round,
         step_costs=tuple(zip(message.step_tokens, message.step_costs, strict=True)),
         prefix_digest=frozenset(message.prefix_digest),
         budgets_met=message.budgets_met,

@@ -206,7 +206,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class View(_message.Message):
-    __slots__ = ("queued", "running", "max_running", "queued_tokens", "free_blocks", "num_blocks", "draining", "acceptance_length", "step_tokens", "step_costs", "prefix_digest", "budgets_met", "healthy", "stats")
+    __slots__ = ("queued", "running", "max_running", "queued_tokens", "free_blocks", "num_blocks", "draining", "tokens_per_round", "step_tokens", "step_costs", "prefix_digest", "budgets_met", "healthy", "stats")
     class StatsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -221,7 +221,7 @@ class View(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
-    ACCEPTANCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_ROUND_FIELD_NUMBER: _ClassVar[int]
     STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_COSTS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -235,11 +235,11 @@ class View(_message.Message):
     free_blocks: int
     num_blocks: int
     draining: bool
-    acceptance_length: float
+    tokens_per_round: float
     step_tokens: _containers.RepeatedScalarFieldContainer[int]
     step_costs: _containers.RepeatedScalarFieldContainer[float]
     prefix_digest: _containers.RepeatedScalarFieldContainer[int]
     budgets_met: float
     healthy: bool
     stats: _containers.ScalarMap[str, float]
-    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., acceptance_length: _Optional[float] = ..., step_tokens: _Optional[_Iterable[int]] = ..., step_costs: _Optional[_Iterable[float]] = ..., prefix_digest: _Optional[_Iterable[int]] = ..., budgets_met: _Optional[float] = ..., healthy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., tokens_per_round: _Optional[float] = ..., step_tokens: _Optional[_Iterable[int]] = ..., step_costs: _Optional[_Iterable[float]] = ..., prefix_digest: _Optional[_Iterable[int]] = ..., budgets_met: _Optional[float] = ..., healthy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, float]] = ...) -> None: ...

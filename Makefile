@@ -2,6 +2,7 @@
 #
 #   make serve    install, prepare the embedded model, serve on http://127.0.0.1:8000 (DSPARK_PORT)
 #   make test     install, run the tests            ARGS="tests/verifier -k stop" narrows it
+#   make test-oldest   the model tests on the oldest transformers that is supported
 #   make lint     ruff, ruff format, mypy
 #   make bench    the default benchmark             ARGS="--sets code --concurrency 1" changes it
 #   make clean    remove .venv and everything built
@@ -25,9 +26,11 @@ NEEDS := pyproject.toml constraints.txt
 TORCH := $(VENV)/.torch-installed
 SERVE := $(VENV)/.serve-installed
 DEV   := $(VENV)/.dev-installed
+OLDEST := $(VENV)/.oldest-installed
+OLDEST_TRANSFORMERS := 5.17.0
 say = @echo '==>'
 
-.PHONY: help install install-dev model serve test lint format proto bench clean
+.PHONY: help install install-dev model serve test test-oldest lint format proto bench clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -78,6 +81,16 @@ test: $(DEV)
 	@$(BIN)/python -m dspark.deploy.default_model
 	$(say) "running the tests"
 	@$(BIN)/python -m pytest $(ARGS)
+
+# The oldest transformers that pyproject.toml allows, laid over the newest: what touches its models must run on both.
+test-oldest: export HF_HUB_OFFLINE := 1
+test-oldest: $(OLDEST)
+	$(say) "running the model tests on transformers $(OLDEST_TRANSFORMERS)"
+	@PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/verifier tests/drafter $(ARGS)
+
+$(OLDEST): $(DEV)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $(VENV)/oldest transformers==$(OLDEST_TRANSFORMERS) "huggingface-hub<2"
+	@touch $@
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -86,13 +86,13 @@ class PagedContext:
 
     def _attend_group(self, group: _Group, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         config = self._pools.config
-        past_k, past_v = self._pools.gather(layer, group.blocks)
-        keys = torch.cat((past_k, k), dim=1).transpose(1, 2)
-        values = torch.cat((past_v, v), dim=1).transpose(1, 2)
         num_rows, num_slots = q.shape[:2]
+        mask = group.masks[config.layer_masks[layer]]
+        keys, values = (gathered[:, : mask.shape[-1]] for gathered in self._pools.gather(layer, group.blocks))
+        keys[:, -num_slots:], values[:, -num_slots:] = k, v
         # Query heads that share a KV head become further query rows: keys and values are then read once, not repeated.
         folded = q.view(num_rows, num_slots, config.num_kv_heads, self._fold, config.head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mask = group.masks[config.layer_masks[layer]]
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=config.attention_scale)
         return out.view(num_rows, -1, self._fold, num_slots, config.head_dim).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
@@ -100,8 +100,9 @@ class PagedContext:
         size = self._pools.block_size
         counts = [-(-lengths[row] // size) for row in part]
         depth = max(counts)
-        padded = [list(tables[row][:count]) + [0] * (depth - count) for row, count in zip(part, counts, strict=True)]
-        blocks = torch.tensor(padded, dtype=torch.int64)
+        # The copy of the context leaves room behind it for the block's own keys and values.
+        width = depth + -(-self._pools.config.num_slots // size)
+        blocks = torch.tensor([[*tables[row][:n], *[0] * (width - n)] for row, n in zip(part, counts, strict=True)], dtype=torch.int64)
         bounds = torch.tensor([lengths[row] for row in part]).view(-1, 1, 1)
         config, device = self._pools.config, self._pools.device
         masks = {
@@ -109,7 +110,7 @@ class PagedContext:
             for kind in set(config.layer_masks)
         }
         rows = None if is_all else torch.tensor(part, device=device)
-        return _Group(rows, blocks.view(len(part), depth).to(device), masks)
+        return _Group(rows, blocks.to(device), masks)
 
 
 def _split(lengths: Sequence[int], block_size: int) -> list[list[int]]:

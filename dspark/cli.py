@@ -1,4 +1,4 @@
-"""The command line: ``dspark serve | generate | chat | bench | version``, the same as ``python -m dspark``.
+"""The command line: ``dspark serve | generate | chat | bench | train | version``, the same as ``python -m dspark``.
 
 Every configuration key is a flag; command line wins over environment, environment over file. An error that somebody
 can act on is one line on stderr and exit code 2.
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["bench"]:  # it has its own commands and flags
         return _bench(argv[1:])
+    if argv[:1] == ["train"]:
+        return _train(argv[1:])
     parser = _parser()
     if not argv:
         parser.print_help(sys.stderr)
@@ -85,6 +87,12 @@ def _bench(argv: list[str]) -> int:
         return int(bench_main(argv))
     except ModuleNotFoundError as error:
         raise _missing_library(error, BENCH_LIBRARIES, "bench") from error
+
+
+def _train(argv: list[str]) -> int:
+    from dspark.training.cli import main as train_main
+
+    return int(train_main(argv))
 
 
 def _missing_library(error: ModuleNotFoundError, libraries: frozenset[str], extra: str) -> Exception:
@@ -135,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(chat, engine)
 
     _command(commands, "bench", _version, "measure; see dspark bench --help")  # dispatched in main, listed here
+    _command(commands, "train", _version, "train a drafter for a model; see dspark train --help")
     _command(commands, "version", _version, "print the version")
     return parser
 

@@ -72,7 +72,11 @@ ROOMS = {
         EVERY_ROOM - names("training bench"),
         names("ray fastapi starlette uvicorn pydantic grpc google numpy prometheus_client opentelemetry yaml"),
     ),
-    "training": Room(names("nouns face kernels workers verifier drafter deploy"), MODEL_LIBRARIES | names("pydantic")),
+    "training": Room(
+        names("nouns face kernels workers verifier drafter deploy"),
+        MODEL_LIBRARIES | names("pydantic"),
+        lazy_libraries=names("matplotlib yaml ray"),
+    ),
     "bench": Room(names("nouns face router"), names("numpy"), names("deploy"), names("httpx torch transformers matplotlib")),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),
 }

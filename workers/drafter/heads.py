@@ -57,15 +57,19 @@ class MarkovHead(nn.Module):
         rows = F.embedding(candidates, self.markov_w2.weight)
         return torch.bmm(latent.unsqueeze(1), rows.transpose(1, 2)).squeeze(1)
 
-    def block_bias(self, previous: Tensor, hidden: Tensor) -> Tensor:
-        """B_1 .. B_γ [R, γ, draft vocabulary] of known tokens ``previous`` [R, γ]: the form that training uses."""
+    def block_latents(self, previous: Tensor, hidden: Tensor) -> Tensor:
+        """Latents of a whole block [R, γ, r] for known tokens ``previous`` [R, γ]: the form that training uses."""
         embedded = self.markov_w1(previous)
         state = self.start(previous.shape[0])
         latents = []
         for k in range(previous.shape[1]):
             state, latent = self.step(state, embedded[:, k], hidden[:, k])
             latents.append(latent)
-        return F.linear(torch.stack(latents, dim=1), self.markov_w2.weight)
+        return torch.stack(latents, dim=1)
+
+    def block_bias(self, previous: Tensor, hidden: Tensor) -> Tensor:
+        """B_1 .. B_γ [R, γ, draft vocabulary] of known tokens ``previous`` [R, γ]."""
+        return F.linear(self.block_latents(previous, hidden), self.markov_w2.weight)
 
 
 class ConfidenceHead(nn.Module):

@@ -1,0 +1,119 @@
+"""Which sequences make which batch: a pure function of (data, settings, seed, step), so that a resumed run sees the same ones.
+
+::
+
+    tokens       [B, L] int64   right-padded with 0; L is a multiple of 64
+    lengths      [B]    int64   real tokens
+    prompt_lens  [B]    int64   tokens before the answer
+    anchors      [B, A] int64   positions of block anchors inside the answer
+    is_real      [B, A] bool    False where a sequence has fewer anchors than A
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dspark.errors import ConfigError
+from dspark.training.config import TrainerConfig
+from dspark.training.shards import Corpus
+
+PAD_TO = 64
+POOL_BATCHES = 32  # sequences are sorted by length inside pools of about this many batches
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward of the target."""
+
+    tokens: Tensor
+    lengths: Tensor
+    prompt_lens: Tensor
+    anchors: Tensor
+    is_real: Tensor
+    temperatures: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            *(
+                part.to(device, non_blocking=True)
+                for part in (self.tokens, self.lengths, self.prompt_lens, self.anchors, self.is_real, self.temperatures)
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Sample indices trained on, and held out."""
+
+    train: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+
+
+def split_corpus(corpus: Corpus, settings: TrainerConfig) -> Split:
+    """Hold out some sequences; only answers with at least two tokens within ``max_len`` count. ConfigError if none are left."""
+    lengths = np.minimum(np.diff(corpus.starts), settings.max_len)
+    usable = np.nonzero(lengths - corpus.prompt_lens >= 2)[0]
+    order = np.random.default_rng(settings.seed).permutation(usable)
+    held_out = min(settings.held_out, len(order) // 2)
+    if held_out == 0:
+        raise ConfigError(f"{len(usable)} usable samples are too few to train on and hold some out")
+    return Split(np.sort(order[held_out:]), np.sort(order[:held_out]))
+
+
+def plan_epoch(corpus: Corpus, indices: NDArray[np.int64], settings: TrainerConfig, epoch: int) -> list[NDArray[np.int64]]:
+    """The batches of one epoch in order: sequences of like length together, batches shuffled."""
+    draws = np.random.default_rng([settings.seed, epoch, 1])
+    order = draws.permutation(indices)
+    lengths = np.minimum(np.diff(corpus.starts), settings.max_len)
+    mean = float(_padded(lengths[indices]).mean())
+    pool = max(1, int(POOL_BATCHES * settings.batch_tokens / mean))
+    batches: list[NDArray[np.int64]] = []
+    for begin in range(0, len(order), pool):
+        part = order[begin : begin + pool]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches.extend(_cut(part, _padded(lengths[part]), settings.batch_tokens))
+    return [batches[i] for i in draws.permutation(len(batches))]
+
+
+def _cut(indices: NDArray[np.int64], padded: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+    """Runs of rising length whose padded size stays within ``budget`` tokens (one sequence at least)."""
+    first = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or padded[i] * (i + 1 - first) > budget:
+            yield indices[first:i]
+            first = i
+
+
+def _padded(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return -(-lengths // PAD_TO) * PAD_TO
+
+
+def make_batch(corpus: Corpus, indices: Sequence[int] | NDArray[np.int64], settings: TrainerConfig, draws: torch.Generator) -> Batch:
+    """Pad the sequences and draw their anchors; tensors on the CPU."""
+    samples = [corpus.sample(int(i))[: settings.max_len].astype(np.int64) for i in indices]
+    lengths = torch.tensor([len(sample) for sample in samples])
+    width = -(-int(lengths.max()) // PAD_TO) * PAD_TO
+    tokens = np.zeros((len(samples), width), np.int64)
+    for row, sample in zip(tokens, samples, strict=True):
+        row[: len(sample)] = sample
+    prompt_lens = torch.from_numpy(corpus.prompt_lens[indices].astype(np.int64))
+    anchors, is_real = draw_anchors(lengths, prompt_lens, width, settings.anchors, draws)
+    temperatures = torch.from_numpy(corpus.temperatures[indices].astype(np.float32))
+    return Batch(torch.from_numpy(tokens), lengths, prompt_lens, anchors, is_real, temperatures)
+
+
+def draw_anchors(lengths: Tensor, prompt_lens: Tensor, width: int, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``count`` different anchors a sequence, uniformly: answer tokens that have at least one token after them."""
+    places = torch.arange(width)
+    eligible = (places >= prompt_lens.unsqueeze(1)) & (places <= lengths.unsqueeze(1) - 2)
+    scores = torch.rand(len(lengths), width, generator=draws).masked_fill_(~eligible, -1.0)
+    count = min(count, width)
+    best = scores.topk(count, dim=1)
+    is_real = best.values >= 0
+    return torch.where(is_real, best.indices, prompt_lens.unsqueeze(1)), is_real

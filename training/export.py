@@ -1,0 +1,62 @@
+"""From training state to a drafter folder that serving and other engines load: DeepSpec's dialect, in the target's dtype."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+
+from dspark.errors import ConfigError
+from dspark.training import checkpoints
+from dspark.training.config import TrainConfig
+from dspark.training.files import write_json
+from dspark.training.model import module_config, new_module
+from dspark.training.shards import Corpus, read_corpus
+from dspark.training.target import load_target
+from dspark.workers.build import target_head
+from dspark.workers.drafter.dialects import save_drafter
+from dspark.workers.drafter.draft_vocabulary import VOCABULARY_FILE
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.verifier.targets import Target
+
+Progress = Callable[[str], None]
+
+
+def export(config: TrainConfig, progress: Progress) -> None:
+    """Write the drafter of the last checkpoint, whether or not its schedule is done."""
+    target, tokenizer = load_target(config)
+    module = new_module(module_config(config.drafter, target, tokenizer), target_head(target), target.device, config.trainer.seed)
+    if not checkpoints.load_module(config.checkpoints, module):
+        raise ConfigError(f"{config.checkpoints} holds no checkpoint; run dspark train drafter first")
+    export_module(config, module, read_corpus(config.data), target)
+    progress(f"drafter in {config.drafter_folder}")
+
+
+def export_module(config: TrainConfig, module: DSparkModule, corpus: Corpus, target: Target) -> None:
+    """Write a drafter folder, replacing an older one only when the new one is whole."""
+    folder = config.drafter_folder
+    making = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        rounded = copy.deepcopy(module).to(target.dtype)
+        save_drafter(making, rounded)
+        if (size := config.drafter.draft_vocab_size) is not None:
+            write_json(making / VOCABULARY_FILE, {"token_ids": frequent_tokens(corpus, size, target.vocab_size)})
+        if folder.exists():
+            shutil.rmtree(folder)
+        making.rename(folder)
+    except OSError as error:
+        shutil.rmtree(making, ignore_errors=True)
+        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def frequent_tokens(corpus: Corpus, count: int, vocab_size: int) -> list[int]:
+    """The ``count`` most frequent tokens of all answers, rising; ties go to the lower id."""
+    lengths = np.diff(corpus.starts)
+    places = np.arange(len(corpus.tokens)) - np.repeat(corpus.starts[:-1], lengths)
+    answers = corpus.tokens[places >= np.repeat(corpus.prompt_lens, lengths)]
+    counts = np.bincount(answers.astype(np.int64), minlength=vocab_size)
+    best = np.argsort(-counts, kind="stable")[: min(count, vocab_size)]
+    return [int(token) for token in np.sort(best)]

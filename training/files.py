@@ -1,0 +1,51 @@
+"""Files that are whole or absent: written beside their name, synced, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dspark.errors import ConfigError
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a file under another name, then give it this one; ConfigError, nothing changed, if the disk refuses."""
+    making = path.with_name(f".{path.name}.making")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(making)
+        with making.open("rb") as stream:
+            os.fsync(stream.fileno())
+        making.replace(path)
+    except OSError as error:
+        making.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document, whole or not at all."""
+    write_whole(path, lambda making: _write_text(making, json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ConfigError if the file holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return value
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add one JSON line."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(value) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dspark.errors import ConfigError
 from dspark.workers.drafter import checkpoint
+from dspark.workers.drafter.calibration import read_temperatures
 from dspark.workers.drafter.dialect_configs import DEEPSPEC_QWEN3, read_module_config
+from dspark.workers.drafter.draft_vocabulary import read_draft_vocabulary, restrict_vocabulary
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle, ModuleConfig
 from dspark.workers.drafter.target_head import TargetHead
@@ -41,6 +43,9 @@ def load_drafter(folder: Path, head: TargetHead, dtype: torch.dtype, device: tor
     _assign(folder, module, {name: t for name, t in tensors.items() if not _is_ignored(name, config)})
     if config.draft_vocab_size < config.vocab_size:
         module.use_draft_vocabulary(_target_ids(folder, config, mapping), shared.get("lm_head.weight"))
+    elif device.type == "cpu" and (frequent := read_draft_vocabulary(folder, config.vocab_size)) is not None:
+        restrict_vocabulary(module, frequent)
+    module.confidence_temperatures = read_temperatures(folder, config.block_size, device)
     return module.requires_grad_(False).eval()
 
 

@@ -43,6 +43,7 @@ class DSparkModule(nn.Module):
         self._shared = head
         self._lm_head = head.lm_head
         self._target_ids: Tensor | None = None
+        self.confidence_temperatures: Tensor | None = None  # [γ], from calibration
 
     def use_draft_vocabulary(self, target_ids: Tensor, lm_head: Tensor | None) -> None:
         """Predict only ``target_ids`` [Vd], with the rows of the target's head, or with the checkpoint's own ``lm_head`` [Vd, d]."""
@@ -95,8 +96,10 @@ class DSparkModule(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def confidence_logits(self, hidden: Tensor, previous: Tensor) -> Tensor | None:
-        """Logits of c_k [R, n] from h_k [R, n, d] and x_{k-1} [R, n]; None without a confidence head."""
+        """Logits of c_1 .. c_n [R, n], calibrated if the module is, from h_k [R, n, d] and x_{k-1} [R, n]; None without a head."""
         if self.confidence_head is None:
             return None
         embedded = None if self.markov_head is None else self.markov_head.markov_w1(previous)
-        return cast(Tensor, self.confidence_head(hidden, embedded))
+        logits = cast(Tensor, self.confidence_head(hidden, embedded))
+        temperatures = self.confidence_temperatures
+        return logits if temperatures is None else logits / temperatures[: logits.shape[-1]]

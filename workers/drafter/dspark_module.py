@@ -39,9 +39,9 @@ class DSparkModule(nn.Module):
         self.markov_head = None if config.head_type is HeadType.NONE else MarkovHead(config)
         self.confidence_head = ConfidenceHead(config) if config.has_confidence else None
         self.rotary = Rotary(config)
-        # Plain attributes: the tensors belong to the target.
+        # Plain attributes: the tensors belong to the target. Detached: a Parameter would become one of this module's.
         self._shared = head
-        self._lm_head = head.lm_head
+        self._lm_head = head.lm_head.detach()
         self._target_ids: Tensor | None = None
         self.confidence_temperatures: Tensor | None = None  # [γ], from calibration
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def drafter_with(module: DSparkModule, **blocks: Sequence[int]) -> LocalDrafter:
 
 def feed(drafter: LocalDrafter, request_id: str, base_len: int, start: int = 0, known: int = 0, **changes: Any) -> None:
     """One turn: tokens ``known .. base_len``, features of positions ``start .. base_len - 1``."""
-    features = drafter.project(TAPS[start : base_len - 1])
+    features = drafter.project(TAPS[start : base_len - 1].to(drafter.pools.device))
     drafter.propose([make_turn(request_id, base_len, TOKENS[known:base_len], features, start, **changes)])
 
 
@@ -207,3 +208,19 @@ def test_without_a_confidence_head_acceptance_is_estimated(outcome: str, changes
         after = confidence_after(sampling, outcome)
         assert [(c > PRIOR_ACCEPTANCE + 1e-9) - (c < PRIOR_ACCEPTANCE - 1e-9) for c in after] == changes
     assert confidence_after(RATIO, outcome) == pytest.approx([PRIOR_ACCEPTANCE] * 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [GREEDY, RATIO, COUPLED])
+def test_a_gpu_drafts_what_the_cpu_drafts(sampling: SamplingParams) -> None:
+    expected = one_shot(tiny_module(), 22, sampling)
+    module = tiny_module()
+    module.to("cuda")
+    shared = module._shared
+    module._shared = dataclasses.replace(shared, embed=shared.embed.cuda(), lm_head=shared.lm_head.cuda())
+    module._lm_head = module._shared.lm_head
+    tree = one_shot(module, 22, sampling)
+    assert tree.tokens == expected.tokens
+    assert tree.confidence == pytest.approx(expected.confidence, abs=1e-4)
+    if tree.law is not None and expected.law is not None:
+        torch.testing.assert_close(tree.law.probs.cpu(), expected.law.probs, atol=1e-4, rtol=0)

@@ -95,7 +95,7 @@ def hidden_states(w: Mapping[str, Tensor], s: Sizes, embed: Tensor, taps: Tensor
             for head, q in enumerate(query):
                 g = head // (s.num_heads // s.num_kv_heads)
                 weights = torch.softmax(torch.stack([q @ keys[j][g] * scale for j in visible]), dim=0)
-                outs.append(sum(weights[n] * values[j][g] for n, j in enumerate(visible)))
+                outs.append(torch.stack([weights[n] * values[j][g] for n, j in enumerate(visible)]).sum(0))
             attended = w[p + "self_attn.o_proj.weight"] @ torch.cat(outs)
             if s.gemma:
                 x = xs[i] + rms(attended, w[p + "post_attention_layernorm.weight"], s.eps)

@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from dspark.cluster.app import APP_NAME, QUIET, build_colocated
-from dspark.cluster.headers import IMPORT_PATH, IMPORT_PATH_ENV, MAX_BODY_ENV
+from dspark.cluster.edge import IMPORT_PATH, IMPORT_PATH_ENV, MAX_BODY_ENV
 from dspark.cluster.processes import adopt_orphans, bounded, descendants, end_descendants, process_name
 from dspark.cluster.verifier import PROGRESS_KEY
 from dspark.config import EngineConfig, ServeConfig
@@ -35,6 +35,15 @@ from dspark.errors import ConfigError, DSparkError
 
 POLL_S: Final = 0.1
 OBJECT_STORE_BYTES: Final = 128 * 2**20  # tokens go over gRPC; Serve itself needs next to nothing
+# Read by Ray's processes when they start, not by this one, which has imported Ray already. The first three halve the CPU
+# time of a chunk between router and proxy (docs/adr/002-token-path.md).
+RAY_DEFAULTS: Final = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),  # whole responses with log-probabilities can be large
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 ERROR_MARK: Final = "error: "
 SHUTDOWN_S: Final = 20.0  # for Serve, and again for Ray
 LEFTOVER_S: Final = 5.0  # for processes that outlive Ray's own shutdown
@@ -149,7 +158,8 @@ def _local_ray(config: ServeConfig, show_dashboard: bool, stop: _StopSignal) -> 
     """A Ray of our own on the loopback interface, with Serve's proxy on the configured port; all of it ends with the block."""
     os.environ[IMPORT_PATH_ENV] = IMPORT_PATH
     os.environ[MAX_BODY_ENV] = str(config.max_body_bytes)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _say("starting Ray")

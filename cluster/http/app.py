@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import dspark
-from dspark.cluster.headers import is_forbidden
+from dspark.cluster.edge import BodyFromScope, is_forbidden
 from dspark.cluster.http import chat, completions
 from dspark.cluster.http.connection import ClientLeftError, EventStream, read_body, while_connected
 from dspark.cluster.http.errors import error_body, json_response, response_of
@@ -57,6 +57,7 @@ def make_app(service: Service, options: HttpOptions) -> FastAPI:
     _add_generation(app, service, options)
     _add_information(app, service, options)
     _add_errors(app, service)
+    app.add_middleware(BodyFromScope)
     app.add_middleware(Gate, api_key=options.api_key, refused=service.meter.refused)
     return app
 
@@ -64,7 +65,7 @@ def make_app(service: Service, options: HttpOptions) -> FastAPI:
 class Gate:
     """Refuses what must not get further: requests without the API key, and headers that Serve would obey.
 
-    Those headers are stripped by the proxy's own middleware (``cluster/headers.py``); seeing one here means that it
+    Those headers are stripped by the proxy's own middleware (``cluster/edge.py``); seeing one here means that it
     is not installed, and that Serve has already acted on the header. Then the request is refused.
     """
 

@@ -130,9 +130,9 @@ class Link(ABC):
 
     @property
     def unseen(self) -> tuple[int, int]:
-        """Requests, and their tokens, that were sent since the last view and have had no outcome yet."""
-        lengths = [flight.num_tokens for flight in self._flights.values() if flight.sent_s >= self._heard_s and not flight.was_heard]
-        return len(lengths), sum(lengths)
+        """Requests sent since the last view, and the tokens of those that have had no outcome yet: what it does not show."""
+        unseen = [flight for flight in self._flights.values() if flight.sent_s >= self._heard_s]
+        return len(unseen), sum(flight.num_tokens for flight in unseen if not flight.was_heard)
 
     @property
     def status(self) -> Status | None:

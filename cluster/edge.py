@@ -1,13 +1,14 @@
-"""Middleware of Serve's HTTP proxy: takes out headers that would override the server's limits, bounds bodies.
+"""Middleware of Serve's HTTP proxy, and its counterpart in the router: headers, bodies, request ids.
 
 Ray Serve's proxy obeys ``x-request-timeout-seconds`` (in place of the server's own time limit) and
-``x-request-disconnect-disabled`` (a request that nobody waits for runs on), whoever sends them. It also reads a body
-without limit before our code sees any of it. The proxy runs this middleware if it is started with
+``x-request-disconnect-disabled`` (a request that nobody waits for runs on), whoever sends them; it reads a body
+without limit; and the router's replica has to call back for that body, which costs two milliseconds. ``ProxyGuard``
+takes those headers out, bounds the body and sends it along inside the ASGI scope. The proxy runs it if it is started with
 
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=dspark.cluster.headers.proxy_middlewares
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=dspark.cluster.edge.proxy_middlewares
 
 in its environment (``dspark serve`` does that; elsewhere it belongs in the environment of every node). Without it the
-ingress refuses requests with these headers (``cluster/http/app.py``).
+router works all the same, and refuses requests with these headers (``cluster/http/app.py``).
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ FORBIDDEN: Final = (
     "serve_multiplexed_model_id",
 )
 REQUEST_ID: Final = "x-request-id"
-IMPORT_PATH: Final = "dspark.cluster.headers.proxy_middlewares"
+IMPORT_PATH: Final = "dspark.cluster.edge.proxy_middlewares"
 IMPORT_PATH_ENV: Final = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MAX_BODY_ENV: Final = "DSPARK_MAX_BODY_BYTES"
 DEFAULT_MAX_BODY: Final = 2 * 2**20
+BODY_KEY: Final = "dspark.body"  # of the ASGI scope, which Serve carries from proxy to replica as it is
 DISCARD_FACTOR: Final = 16  # read and dropped of a body that is too large: a client that still writes would not see the answer
 
+_NO_BODY: Final[Message] = {"type": "http.request", "body": b"", "more_body": False}
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 
 
@@ -67,11 +70,13 @@ class ProxyGuard:
             refusal = response_of(too_large(self._max_body_bytes))
             refusal.headers[REQUEST_ID] = headers.get(REQUEST_ID) or uuid.uuid4().hex
             await refusal(scope, receive, send)
+        elif isinstance(body, bytes):
+            await self._app({**scope, BODY_KEY: body}, _After([_NO_BODY], receive), send)
         else:
-            await self._app(scope, _Replayed(body, receive), send)
+            await self._app(scope, _After(body, receive), send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> list[Message] | None:
-        """The messages of the whole body; None if it is too large."""
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | list[Message] | None:
+        """The whole body; None if it is too large; the messages so far if the client left before its end."""
         limit = self._max_body_bytes
         messages: list[Message] = []
         size = 0
@@ -82,16 +87,38 @@ class ProxyGuard:
             size += len(message.get("body", b""))
             is_large = is_large or size > limit
             messages = [] if is_large else [*messages, message]
-            if message["type"] != "http.request" or not message.get("more_body", False):
+            if message["type"] != "http.request":
+                return messages
+            if not message.get("more_body", False):
                 break
-        return None if is_large else messages
+        return None if is_large else b"".join(message.get("body", b"") for message in messages)
 
 
-class _Replayed:
-    """``receive`` that first gives what was already read."""
+class BodyFromScope:
+    """The router's side: gives the application the body that came inside the scope, without asking the proxy for it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = scope.get(BODY_KEY)
+        if body is None:
+            await self._app(scope, receive, send)
+            return
+
+        async def only_disconnect() -> Message:
+            while (message := await receive())["type"] == "http.request":
+                pass  # the empty body that stands for the one we have
+            return message
+
+        await self._app(scope, _After([{"type": "http.request", "body": body, "more_body": False}], only_disconnect), send)
+
+
+class _After:
+    """``receive`` that gives some messages first."""
 
     def __init__(self, messages: list[Message], receive: Receive) -> None:
-        self._messages = messages
+        self._messages = list(messages)
         self._receive = receive
 
     async def __call__(self) -> Message:

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from dspark.cluster import headers
-from dspark.cluster.headers import DISCARD_FACTOR, ProxyGuard, proxy_middlewares
+from dspark.cluster import edge
+from dspark.cluster.edge import BODY_KEY, DISCARD_FACTOR, BodyFromScope, ProxyGuard, proxy_middlewares
 
 
 async def mirror(scope: Scope, receive: Receive, send: Send) -> None:
@@ -24,7 +24,7 @@ async def mirror(scope: Scope, receive: Receive, send: Send) -> None:
 
 def post(limit: int = 1000, **request: Any) -> httpx.Response:
     async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(ProxyGuard(mirror, limit))
+        transport = httpx.ASGITransport(ProxyGuard(BodyFromScope(mirror), limit))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post("/", **request)
 
@@ -91,13 +91,43 @@ def test_a_client_that_leaves_while_sending_reaches_the_application_as_that() ->
             raise AssertionError("nothing to send")
 
         scope = {"type": "http", "headers": [(b"content-length", b"5")]}
-        await ProxyGuard(app, 100)(scope, receive, send)
+        await ProxyGuard(BodyFromScope(app), 100)(scope, receive, send)
 
     asyncio.run(test())
     assert seen == ["http.request", "http.disconnect"]
 
 
+def test_the_body_travels_in_the_scope_and_the_disconnect_after_it() -> None:
+    seen: list[Any] = []
+
+    async def serve_between(scope: Scope, receive: Receive, send: Send) -> None:
+        """As Serve: the scope is copied, every message is handed on."""
+        seen.append(scope[BODY_KEY])
+        await BodyFromScope(app)(dict(scope), receive, send)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([await receive(), await receive()])
+
+    async def test() -> None:
+        messages = [
+            {"type": "http.request", "body": b"ab", "more_body": True},
+            {"type": "http.request", "body": b"c", "more_body": False},
+            {"type": "http.disconnect"},
+        ]
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            raise AssertionError("nothing to send")
+
+        await ProxyGuard(serve_between, 100)({"type": "http", "headers": [(b"content-length", b"3")]}, receive, send)
+
+    asyncio.run(test())
+    assert seen == [b"abc", {"type": "http.request", "body": b"abc", "more_body": False}, {"type": "http.disconnect"}]
+
+
 def test_the_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(headers.MAX_BODY_ENV, "4321")
+    monkeypatch.setenv(edge.MAX_BODY_ENV, "4321")
     (middleware,) = proxy_middlewares()
     assert middleware.kwargs == {"max_body_bytes": 4321}

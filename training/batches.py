@@ -66,26 +66,27 @@ def split_corpus(corpus: Corpus, settings: TrainerConfig) -> Split:
     return Split(np.sort(order[held_out:]), np.sort(order[:held_out]))
 
 
-def plan_epoch(corpus: Corpus, indices: NDArray[np.int64], settings: TrainerConfig, epoch: int) -> list[NDArray[np.int64]]:
+def plan_epoch(corpus: Corpus, indices: NDArray[np.int64], settings: TrainerConfig, block_size: int, epoch: int) -> list[NDArray[np.int64]]:
     """The batches of one epoch in order: sequences of like length together, batches shuffled."""
     draws = np.random.default_rng([settings.seed, epoch, 1])
     order = draws.permutation(indices)
     lengths = np.minimum(np.diff(corpus.starts), settings.max_len)
-    mean = float(_padded(lengths[indices]).mean())
+    costs = _padded(lengths) + settings.anchors * block_size
+    mean = float(costs[indices].mean())
     pool = max(1, int(POOL_BATCHES * settings.batch_tokens / mean))
     batches: list[NDArray[np.int64]] = []
     for begin in range(0, len(order), pool):
         part = order[begin : begin + pool]
         part = part[np.argsort(lengths[part], kind="stable")]
-        batches.extend(_cut(part, _padded(lengths[part]), settings.batch_tokens))
+        batches.extend(_cut(part, costs[part], settings.batch_tokens))
     return [batches[i] for i in draws.permutation(len(batches))]
 
 
-def _cut(indices: NDArray[np.int64], padded: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
-    """Runs of rising length whose padded size stays within ``budget`` tokens (one sequence at least)."""
+def _cut(indices: NDArray[np.int64], costs: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+    """Runs of rising length whose padded size, blocks included, stays within ``budget`` tokens (one sequence at least)."""
     first = 0
     for i in range(1, len(indices) + 1):
-        if i == len(indices) or padded[i] * (i + 1 - first) > budget:
+        if i == len(indices) or costs[i] * (i + 1 - first) > budget:
             yield indices[first:i]
             first = i
 
@@ -113,7 +114,8 @@ def draw_anchors(lengths: Tensor, prompt_lens: Tensor, width: int, count: int, d
     places = torch.arange(width)
     eligible = (places >= prompt_lens.unsqueeze(1)) & (places <= lengths.unsqueeze(1) - 2)
     scores = torch.rand(len(lengths), width, generator=draws).masked_fill_(~eligible, -1.0)
-    count = min(count, width)
+    most = int(eligible.sum(1).max())  # short answers have fewer; a multiple of 8 keeps attention on its fast path
+    count = min(count, -(-most // 8) * 8, width)
     best = scores.topk(count, dim=1)
     is_real = best.values >= 0
     return torch.where(is_real, best.indices, prompt_lens.unsqueeze(1)), is_real

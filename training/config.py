@@ -99,7 +99,7 @@ class TrainerConfig(Section):
     epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; None: from epochs")
     train_seconds: float | None = Field(default=None, gt=0, description="end of the schedule by time, if that comes first")
-    batch_tokens: int = Field(default=16384, ge=64, description="target tokens of one forward, padding included")
+    batch_tokens: int = Field(default=16384, ge=64, description="context and block positions of one forward, padding included")
     accumulate: int = Field(default=1, ge=1, description="forwards a step")
     anchors: int = Field(default=64, ge=1, description="blocks drawn from each sequence")
     max_len: int = Field(default=1024, ge=16, description="longer sequences are cut")

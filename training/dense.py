@@ -28,7 +28,7 @@ from dspark.workers.verifier.targets import Target
 
 GROWTH = 64  # columns
 PREFILL_TOKENS = 32768  # of one forward
-CACHE_SHARE = 0.6  # of the free memory, for the cache of a wave at its longest
+CACHE_SHARE = 0.55  # of the free memory, for a wave whose rows all reach half of their longest answer; if none ends before, 0.85
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ class DenseGenerator:
         """Answers [n] of at most ``max_tokens`` tokens; one that ended by itself has its stop token last."""
         answers: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        width = self._wave_rows(max(map(len, prompts), default=0) + max_tokens)
+        width = self._wave_rows(max(map(len, prompts), default=0) + max_tokens // 2)
         draws = torch.Generator(self.target.device).manual_seed(seed)
         with self._attention():
             for begin in range(0, len(order), width):
@@ -135,7 +135,7 @@ class DenseGenerator:
         return answers
 
     def _wave_rows(self, columns: int) -> int:
-        """Rows whose cache fits when each grows to ``columns``; most end before, so this is safe, not tight."""
+        """Rows whose cache fits when each grows to ``columns``."""
         if self.target.device.type != "cuda":
             return 512
         free = torch.cuda.mem_get_info(self.target.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

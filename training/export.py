@@ -16,6 +16,7 @@ from dspark.training.model import module_config, new_module
 from dspark.training.shards import Corpus, read_corpus
 from dspark.training.target import load_target
 from dspark.workers.build import target_head
+from dspark.workers.drafter.checkpoint import WEIGHTS_FILE
 from dspark.workers.drafter.dialects import save_drafter
 from dspark.workers.drafter.draft_vocabulary import VOCABULARY_FILE
 from dspark.workers.drafter.dspark_module import DSparkModule
@@ -42,8 +43,9 @@ def export_module(config: TrainConfig, module: DSparkModule, corpus: Corpus, tar
     try:
         rounded = copy.deepcopy(module).to(target.dtype)
         save_drafter(making, rounded)
+        (making / WEIGHTS_FILE).chmod((making / "config.json").stat().st_mode)  # some versions write it for the owner only
         if (size := config.drafter.draft_vocab_size) is not None:
-            write_json(making / VOCABULARY_FILE, {"token_ids": frequent_tokens(corpus, size, target.vocab_size)})
+            write_json(making / VOCABULARY_FILE, {"token_ids": frequent_tokens(corpus, size, target.vocab_size)}, indent=None)
         if folder.exists():
             shutil.rmtree(folder)
         making.rename(folder)

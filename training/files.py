@@ -25,9 +25,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write a JSON document, whole or not at all."""
-    write_whole(path, lambda making: _write_text(making, json.dumps(value, indent=2) + "\n"))
+    write_whole(path, lambda making: _write_text(making, json.dumps(value, indent=indent) + "\n"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

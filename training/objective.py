@@ -40,16 +40,9 @@ class Outcome:
     is_whole: Tensor  # [B * A] blocks whose γ positions all have labels
 
     def acceptance_length(self) -> Tensor:
-        """Expected tokens a round under the ratio rule at temperature 1, over whole blocks."""
-        return _chain(self.overlap[self.is_whole])
-
-    def matched_length(self, of_block: Tensor) -> Tensor:
-        """Tokens a round if drafts had to equal the data, over the whole blocks among ``of_block`` [B * A]."""
-        return _chain(self.is_match[self.is_whole & of_block])
-
-
-def _chain(accepted: Tensor) -> Tensor:
-    return 1.0 + accepted.cumprod(-1).sum(-1).mean() if len(accepted) else torch.tensor(float("nan"))
+        """Expected tokens a round under the ratio rule at temperature 1, over whole blocks (NaN without one); waits for nothing."""
+        whole = self.is_whole.to(self.overlap.dtype)
+        return 1.0 + (self.overlap.cumprod(-1).sum(-1) * whole).sum() / whole.sum()
 
 
 class Objective:
@@ -144,6 +137,10 @@ def _rows_of(hidden: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     offsets = torch.arange(len(hidden), device=hidden.device).view(-1, 1, 1) * length
     flat = (offsets + places.clamp_max(length - 1)).flatten()[rows]
     return hidden.flatten(0, 1)[flat]
+
+
+def _chain(accepted: Tensor) -> Tensor:
+    return 1.0 + accepted.cumprod(-1).sum(-1).mean()
 
 
 def mean_outcomes(outcomes: Iterator[tuple[Outcome, Tensor]]) -> dict[str, float]:

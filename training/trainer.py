@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from dspark.training import checkpoints
@@ -32,6 +33,9 @@ Progress = Callable[[str], None]
 BETAS = (0.9, 0.95)
 NOT_IDENTITY = {"train_seconds", "max_steps", "epochs", "save_every_s", "log_every", "eval_every", "compile"}
 METRICS = "metrics.jsonl"
+# Without cuDNN's, which is planned anew for every new length.
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+HELD_OUT_EPOCH = 2**31 - 1
 
 
 def train(config: TrainConfig, progress: Progress, max_seconds: float | None = None) -> bool:
@@ -99,7 +103,7 @@ class Trainer:
         return figures
 
     def _held_out_outcomes(self) -> Iterator[tuple[Outcome, Tensor]]:
-        for number, indices in enumerate(plan_epoch(self.corpus, self.split.held_out, self.settings, -1 % 2**31)):
+        for number, indices in enumerate(self._plan_epoch(self.split.held_out, HELD_OUT_EPOCH)):
             batch = self._batch(indices, -1 - number)
             yield self.objective(batch), batch.temperatures.repeat_interleave(batch.anchors.shape[1])
 
@@ -111,8 +115,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for _ in range(self.settings.accumulate):
             batch = self._next_batch()
-            outcome = self.objective(batch)
-            (outcome.loss / self.settings.accumulate).backward()  # type: ignore[no-untyped-call]
+            with sdpa_kernel(ATTENTION_KERNELS):
+                outcome = self.objective(batch)
+                (outcome.loss / self.settings.accumulate).backward()  # type: ignore[no-untyped-call]
             parts = {"loss": outcome.loss.detach(), "cross_entropy": outcome.cross_entropy, "law": outcome.law}
             parts |= {"confidence": outcome.confidence, "acceptance_length": outcome.acceptance_length()}
             sums = {name: sums.get(name, torch.zeros_like(value)) + value / self.settings.accumulate for name, value in parts.items()}
@@ -127,12 +132,15 @@ class Trainer:
         """The batch that the counters point at; moves them on."""
         counters = self.counters
         if self._plan[0] != counters.epoch:
-            self._plan = (counters.epoch, plan_epoch(self.corpus, self.split.train, self.settings, counters.epoch))
+            self._plan = (counters.epoch, self._plan_epoch(self.split.train, counters.epoch))
         batch = self._batch(self._plan[1][counters.batch], counters.epoch * 1_000_003 + counters.batch)
         counters.batch += 1
         if counters.batch == len(self._plan[1]):
             counters.epoch, counters.batch = counters.epoch + 1, 0
         return batch
+
+    def _plan_epoch(self, indices: Any, epoch: int) -> list[Any]:
+        return plan_epoch(self.corpus, indices, self.settings, self.module.config.block_size, epoch)
 
     def _batch(self, indices: Any, number: int) -> Batch:
         """Anchors are drawn from the batch's number alone, so a resumed run draws the same ones."""
@@ -149,7 +157,7 @@ class Trainer:
     def _total_steps(self) -> int:
         if self.settings.max_steps is not None:
             return self.settings.max_steps
-        batches = len(plan_epoch(self.corpus, self.split.train, self.settings, 0))
+        batches = len(self._plan_epoch(self.split.train, 0))
         return max(1, math.ceil(self.settings.epochs * batches / self.settings.accumulate))
 
     def _report(self, figures: dict[str, Tensor], bar: Any) -> None:

@@ -46,7 +46,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        weight = None if self.weight is None else self.weight.to(x.dtype)  # in training the weights are fp32 and x may be bf16
+        return F.rms_norm(x, (self.size,), weight, self.eps)
 
 
 class Rotary(nn.Module):

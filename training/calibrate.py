@@ -69,12 +69,8 @@ def calibrate(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     temperatures = fit_temperatures(fitted_on, settings.bins)
     result = _summary(measured_on, temperatures, settings.bins)
     write_json(folder / CALIBRATION_FILE, result)
-    ones = np.ones_like(temperatures)
-    bins = [
-        [reliability(survival(measured_on, t, k), measured_on.survived(k), settings.bins) for k in range(len(ones))]
-        for t in (ones, temperatures)
-    ]
-    pictures = plot_reliability(config.out, bins[0], bins[1])
+    before, after = (_diagrams(measured_on, heat, settings.bins) for heat in (np.ones_like(temperatures), temperatures))
+    pictures = plot_reliability(config.out, before, after)
     progress(_table(result, len(pictures)))
     return result
 
@@ -179,6 +175,11 @@ def _summary(rounds: Rounds, temperatures: Floats, bins: int) -> dict[str, Any]:
         "survival": [float(rounds.survived(k).mean()) for k in places],
         "num_rounds": len(rounds.accepted),
     }
+
+
+def _diagrams(rounds: Rounds, temperatures: Floats, bins: int) -> list[list[tuple[float, float, int]]]:
+    """Reliability of the cumulative survival at every position."""
+    return [reliability(survival(rounds, temperatures, k), rounds.survived(k), bins) for k in range(len(temperatures))]
 
 
 def _finite(value: float) -> float | None:

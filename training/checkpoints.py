@@ -33,7 +33,7 @@ class Counters:
 
 def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters, identity: str) -> None:
     """Replace the folder's checkpoint; ConfigError, the old one untouched, if the disk refuses."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     tensors = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{key}.{names[parameter]}": value for key, value in state.items()}

@@ -82,8 +82,8 @@ class DenseStep:
         keys, values = self.cache.keys[source][rows], self.cache.values[source][rows]
         end = self.begin + self.width
         if source == layer:
-            keys[:, :, self.begin : end] = tensors.key.unflatten(0, (self.count, self.width)).transpose(1, 2)
-            values[:, :, self.begin : end] = tensors.value.unflatten(0, (self.count, self.width)).transpose(1, 2)
+            keys[:, :, self.begin : end] = tensors.key.view(self.count, self.width, *tensors.key.shape[1:]).transpose(1, 2)
+            values[:, :, self.begin : end] = tensors.value.view(self.count, self.width, *tensors.value.shape[1:]).transpose(1, 2)
         kv_heads = keys.shape[1]
         fold = tensors.query.shape[1] // kv_heads
         query = tensors.query.view(self.count, self.width, kv_heads, fold, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
@@ -95,7 +95,8 @@ class DenseStep:
         attended = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=bias.expand(-1, kv_heads, self.width * fold, -1), scale=shape.scale
         )
-        return attended.unflatten(2, (self.width, fold)).permute(0, 2, 1, 3, 4).reshape(self.count * self.width, kv_heads * fold, -1)
+        attended = attended.view(self.count, kv_heads, self.width, fold, -1).permute(0, 2, 1, 3, 4)
+        return attended.reshape(self.count * self.width, kv_heads * fold, -1)
 
     def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
         if window not in self.biases:

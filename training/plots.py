@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+Bin = tuple[float, float, int]  # mean estimate, share that survived, observations
+
 
 def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
@@ -39,13 +41,8 @@ def plot_metrics(metrics: Path) -> Path | None:
     return path
 
 
-def plot_reliability(
-    folder: Path, before: Sequence[Sequence[tuple[float, float, int]]], after: Sequence[Sequence[tuple[float, float, int]]]
-) -> list[Path]:
-    """One diagram a position: mean estimated survival against what survived, bin by bin; no files without matplotlib.
-
-    A bin is (mean estimate, share that survived, observations).
-    """
+def plot_reliability(folder: Path, before: Sequence[Sequence[Bin]], after: Sequence[Sequence[Bin]]) -> list[Path]:
+    """One diagram a position: mean estimated survival against what survived, bin by bin; no files without matplotlib."""
     if not can_plot():
         return []
     from matplotlib.figure import Figure

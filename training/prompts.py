@@ -69,7 +69,7 @@ class Template:
 def read_prompts(path: Path) -> list[str]:
     """First turns of a JSON lines file, or of all such files of a folder; ConfigError names the file and line that is wrong."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    prompts = []
+    prompts: list[str] = []
     for file in files:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()

@@ -73,7 +73,7 @@ def drafting_engine(target: Target, tokenizer: Any, drafter: str, max_num_seqs: 
     return engine
 
 
-def run_requests(engine: Engine, requests: Sequence[Request], on_end: Callable[[], None] = lambda: None) -> list[Record]:
+def run_requests(engine: Engine, requests: Sequence[Request], on_end: Callable[[], object] = lambda: None) -> list[Record]:
     """Run all requests to their end, in order; rounds are recorded if the engine's drafter records."""
     records = {request.id: Record() for request in requests}
     waiting = list(reversed(requests))

@@ -97,7 +97,7 @@ class Trainer:
     def held_out(self) -> dict[str, float]:
         """Figures over the held-out sequences, always with the same anchors."""
         self.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(ATTENTION_KERNELS):
             figures = mean_outcomes(self._held_out_outcomes())
         self.module.train()
         return figures

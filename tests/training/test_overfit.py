@@ -56,7 +56,15 @@ def make_config(out: Path, name: str, **drafter: Any) -> TrainConfig:
             "dtype": "float32",
             "drafter": {"num_layers": 2, "num_taps": 2, "block_size": BLOCK, "markov_rank": 16, **drafter},
             "loss": {"decay": 100.0, "cross_entropy": 1.0},
-            "trainer": {"max_steps": 150, "batch_tokens": 4096, "anchors": 40, "lr": 3e-3, "held_out": 1, "log_every": 50, "eval_every": 100},
+            "trainer": {
+                "max_steps": 150,
+                "batch_tokens": 4096,
+                "anchors": 40,
+                "lr": 3e-3,
+                "held_out": 1,
+                "log_every": 50,
+                "eval_every": 100,
+            },
         }
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from dspark.cluster.http.connection import DONE, event
@@ -49,7 +49,7 @@ async def collect(job: Job) -> dict[str, Any]:
     return _head(job, "chat.completion") | {"choices": choices, "usage": job.usage(), "metrics": job.speculation()} | more
 
 
-async def events(job: Job, wants_usage: bool) -> AsyncIterator[bytes]:
+async def events(job: Job, wants_usage: bool) -> AsyncGenerator[bytes, None]:
     """The response as server-sent events: one a verify round and choice; an error after the start is an event, too."""
     head = _head(job, "chat.completion.chunk")
     no_usage = {"usage": None} if wants_usage else {}

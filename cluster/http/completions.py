@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from dspark.cluster.http.connection import DONE, event
@@ -78,7 +78,7 @@ async def collect(job: Job, body: CompletionBody) -> dict[str, Any]:
     return _head(job) | {"choices": choices, "usage": echo.usage(), "metrics": job.speculation()}
 
 
-async def events(job: Job, body: CompletionBody) -> AsyncIterator[bytes]:
+async def events(job: Job, body: CompletionBody) -> AsyncGenerator[bytes, None]:
     """The response as server-sent events: one a verify round and choice; an error after the start is an event, too."""
     head = _head(job)
     echo = Echo(body, job)

@@ -17,6 +17,7 @@ from dspark.cluster.fleet import Fleet, ReplicaFacts
 from dspark.cluster.http.app import HttpOptions, make_app
 from dspark.cluster.http.metering import Family
 from dspark.cluster.http.service import Service
+from dspark.cluster.logs import join_serve_logs
 from dspark.config import ServeConfig
 from dspark.workers.wire.client import GrpcLink
 from dspark.workers.wire.link import Link
@@ -31,11 +32,12 @@ class Router:
     """Tokenises, routes, streams. Up as soon as it has a link to a first verifier."""
 
     async def __init__(self, verifiers: DeploymentHandle[Any], config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        join_serve_logs()
         context = serve.get_replica_context()
         self._name = context.replica_tag
         self._verifiers = verifiers
-        self._own = serve.get_deployment_handle(context.deployment, context.app_name) if config.num_routers > 1 else None
-        self._options = HttpOptions(config.max_body_bytes, _secret(config), config.show_docs, self._other_families if self._own else None)
+        self._routers: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._options = HttpOptions(config.max_body_bytes, _secret(config), config.show_docs, self._other_families)
         fleet = Fleet(self._discover, self._connect)
         await fleet.start()
         tokenizer = await asyncio.to_thread(_load_tokenizer, config)
@@ -76,9 +78,11 @@ class Router:
         return GrpcLink(facts.replica_id, facts.address, facts.token, self._name, facts.fingerprint)
 
     async def _other_families(self) -> list[list[Family]]:
-        if self._own is None:
+        try:
+            response = self._routers.broadcast("families", self._name)
+            found = await response.results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError):
             return []
-        found = await self._own.broadcast("families", self._name).results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
         return [families for families in found if isinstance(families, list)]
 
 

@@ -20,7 +20,6 @@ from typing import Any, Final
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.experimental import internal_kv
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
@@ -28,7 +27,7 @@ from ray.serve.schema import ApplicationStatus
 from dspark.cluster.app import APP_NAME, QUIET, build_colocated
 from dspark.cluster.edge import IMPORT_PATH, IMPORT_PATH_ENV, MAX_BODY_ENV
 from dspark.cluster.processes import adopt_orphans, bounded, descendants, end_descendants, process_name
-from dspark.cluster.verifier import PROGRESS_KEY
+from dspark.cluster.verifier import ERROR_MARK, Progress
 from dspark.config import EngineConfig, ServeConfig
 from dspark.config_file import effective
 from dspark.errors import ConfigError, DSparkError
@@ -46,7 +45,6 @@ RAY_DEFAULTS: Final = {
     "RAY_worker_niceness": "0",  # Ray runs workers at 15: any other process of the machine would starve the engine
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-ERROR_MARK: Final = "error: "
 SHUTDOWN_S: Final = 20.0  # for Serve, and again for Ray
 LEFTOVER_S: Final = 5.0  # for processes that outlive Ray's own shutdown
 ASK_S: Final = 5.0
@@ -215,15 +213,9 @@ def _deploy(config: ServeConfig, stop: _StopSignal) -> tuple[DeploymentHandle[An
     """Deploy and wait for ``/health`` to say 200; None if a signal came first."""
     target = serve.RunTarget(build_colocated(config), name=APP_NAME, route_prefix="/", logging_config=QUIET)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    shown = b""
+    shown: dict[str, int] = {}
     while not stop.is_asked:
-        word = internal_kv._internal_kv_get(PROGRESS_KEY) or b""
-        if word != shown:
-            shown = word
-            text = word.decode()
-            if text.startswith(ERROR_MARK):
-                raise ConfigError(text.removeprefix(ERROR_MARK))
-            _say(text)
+        _show_progress(shown, config.num_verifiers > 1)
         application = serve.status().applications.get(APP_NAME)
         if application is not None and application.status is ApplicationStatus.DEPLOY_FAILED:
             raise DSparkError(f"the application could not be deployed: {application.message}")
@@ -231,6 +223,16 @@ def _deploy(config: ServeConfig, stop: _StopSignal) -> tuple[DeploymentHandle[An
             return serve.get_deployment_handle("Router", APP_NAME), serve.get_deployment_handle("Verifier", APP_NAME)
         time.sleep(POLL_S)
     return None
+
+
+def _show_progress(shown: dict[str, int], names_replicas: bool) -> None:
+    """Print what verifiers have reported since the last call; an error that ended a load is raised."""
+    for replica_id, lines in Progress.read().items():
+        for line in lines[shown.get(replica_id, 0) :]:
+            if line.startswith(ERROR_MARK):
+                raise ConfigError(line.removeprefix(ERROR_MARK))
+            _say(f"verifier {replica_id}: {line}" if names_replicas else line)
+        shown[replica_id] = len(lines)
 
 
 def _is_healthy(config: ServeConfig) -> bool:

@@ -22,13 +22,15 @@ from ray.experimental import internal_kv
 
 import dspark
 from dspark.cluster.fleet import ReplicaFacts
+from dspark.cluster.logs import join_serve_logs
 from dspark.config import EngineConfig, ServeConfig
 from dspark.errors import DSparkError, WorkerLost
 from dspark.workers.wire.codec import PROTOCOL
 from dspark.workers.wire.link import Host
 from dspark.workers.wire.server import WireServer
 
-PROGRESS_KEY = b"dspark:progress"
+PROGRESS_PREFIX = b"dspark:progress:"
+ERROR_MARK = "error: "
 LAST_WORDS_S = 2.0  # for routers to read the last outcomes before the stream closes
 
 _log = logging.getLogger(__name__)
@@ -70,13 +72,15 @@ class Verifier:
     """Serve's replica around one engine. Without ``threads`` the engine gets all cores that torch would take by itself."""
 
     async def __init__(self, config: ServeConfig, loader: Loader) -> None:  # type: ignore[misc]  # Serve awaits it
+        join_serve_logs()
         _give_cores_back(config.engine)
         replica_id = serve.get_replica_context().replica_tag
         self._drain_s = config.drain_s
+        progress = Progress(replica_id)
         try:
-            self._ready = await asyncio.to_thread(loader, config.engine, note_progress)
+            self._ready = await asyncio.to_thread(loader, config.engine, progress)
         except DSparkError as error:
-            note_progress(f"error: {type(error).__name__}: {error}")
+            progress(f"{ERROR_MARK}{type(error).__name__}: {error}")
             raise
         self._ready.host.start()
         self._token = secrets.token_hex(32)
@@ -115,10 +119,23 @@ def fingerprint_of(ready: Ready) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def note_progress(message: str) -> None:
-    """Leave a line for ``dspark serve`` to show; a replica cannot be asked anything before it is up."""
-    _log.info("%s", message)
-    internal_kv._internal_kv_put(PROGRESS_KEY, message.encode())
+class Progress:
+    """Leaves lines for ``dspark serve`` to show: a replica cannot be asked anything before it is up."""
+
+    def __init__(self, replica_id: str) -> None:
+        self._key = PROGRESS_PREFIX + replica_id.encode()
+        self._lines: list[str] = []
+
+    def __call__(self, message: str) -> None:
+        _log.info("%s", message)
+        self._lines.append(message.replace("\n", " "))
+        internal_kv._internal_kv_put(self._key, "\n".join(self._lines).encode())
+
+    @staticmethod
+    def read() -> dict[str, list[str]]:
+        """All lines so far, by replica."""
+        values = {key: internal_kv._internal_kv_get(key) or b"" for key in internal_kv._internal_kv_list(PROGRESS_PREFIX)}
+        return {key.removeprefix(PROGRESS_PREFIX).decode(): value.decode().split("\n") for key, value in values.items() if value}
 
 
 def _give_cores_back(config: EngineConfig) -> None:

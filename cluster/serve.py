@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final
 
@@ -165,33 +165,38 @@ def _local_ray(config: ServeConfig, show_dashboard: bool, stop: _StopSignal) -> 
     _say("starting Ray")
     mine_before = descendants()
     adopt_orphans()
-    ray.init(
-        address="local",
-        include_dashboard=show_dashboard,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-    )
-    stop.install()
+    started: list[Callable[[], None]] = []
     try:
+        started.append(ray.shutdown)
+        ray.init(
+            address="local",
+            include_dashboard=show_dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+        )
+        stop.install()
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": config.host, "port": config.port, "request_timeout_s": None},
             logging_config=QUIET,
         )
+        started.append(serve.shutdown)
         yield
     finally:
-        _end_ray(mine_before)
+        stop.install()  # Ray may have put its own handlers in place and been interrupted by them
+        _end_ray(started, mine_before)
 
 
-def _end_ray(spare: set[int]) -> None:
-    """Take Serve and Ray down, in bounded time even if a signal to the whole process group has killed half of it."""
+def _end_ray(started: list[Callable[[], None]], spare: set[int]) -> None:
+    """Take down what was started, last first, in bounded time even if a signal to the process group has killed half of it."""
     lives = _ray_lives()
-    steps = ((serve.shutdown, SHUTDOWN_S), (ray.shutdown, SHUTDOWN_S)) if lives else ((ray.shutdown, ASK_S),)
+    limit_s = SHUTDOWN_S if lives else ASK_S
+    steps = started[::-1] if lives else started[:1]
     # Ray prints about its own controller's end to our standard output, whatever its log level says
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        for step, limit_s in steps:
+        for step in steps:
             try:
                 is_done = bounded(step, limit_s)
             except Exception as error:  # noqa: BLE001 - a Ray that is half dead fails in many ways, and must end all the same

@@ -27,8 +27,8 @@ def free_port() -> int:
 class Server:
     """Starts on construction; ``wait`` returns when it is ready."""
 
-    def __init__(self, log: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self.port = free_port()
+    def __init__(self, log: Path, *arguments: str, env: dict[str, str] | None = None, port: int | None = None) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.process = subprocess.Popen(

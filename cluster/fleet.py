@@ -42,7 +42,7 @@ class ReplicaFacts:
         return f"ReplicaFacts({self.replica_id} at {self.address}, {self.model})"  # the token stays out of logs
 
 
-Discover = Callable[[], Awaitable[Sequence[ReplicaFacts]]]
+Discover = Callable[[], Awaitable[Sequence[ReplicaFacts] | None]]  # None: it could not be found out
 Connect = Callable[[ReplicaFacts], Link]
 
 
@@ -109,13 +109,15 @@ class Fleet:
 
     async def refresh(self) -> None:
         """Ask who is there; open links to newcomers, drop lost ones, and those that left and have nothing in flight."""
-        facts = {fact.replica_id: fact for fact in await self._discover()}
+        found = await self._discover()
+        listed = list(self._links) if found is None else [fact.replica_id for fact in found]
+        facts = {fact.replica_id: fact for fact in found or ()}
         before = set(self._links)
         for replica_id, link in list(self._links.items()):
-            gone = replica_id not in facts and link.in_flight == 0
+            gone = replica_id not in listed and link.in_flight == 0
             if link.lost is not None or gone:
                 await self._drop(replica_id)
-        self._refused &= set(facts)
+        self._refused = {replica_id for replica_id in self._refused if found is None or replica_id in facts}
         newcomers = [fact for replica_id, fact in facts.items() if replica_id not in self._links and replica_id not in self._refused]
         await asyncio.gather(*(self._open(fact) for fact in newcomers))
         if set(self._links) != before:

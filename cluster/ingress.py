@@ -67,10 +67,12 @@ class Router:
         if hasattr(self, "_service"):
             await self._service.dispatcher.fleet.close()
 
-    async def _discover(self) -> Sequence[ReplicaFacts]:
+    async def _discover(self) -> Sequence[ReplicaFacts] | None:
         try:
             found = await self._verifiers.broadcast("describe").results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
-        except (TimeoutError, DeploymentUnavailableError):
+        except TimeoutError:  # none has come up yet, or one is stuck; the links that are open say how they are themselves
+            return None
+        except DeploymentUnavailableError:
             return []
         return [ReplicaFacts(**facts) for facts in found if isinstance(facts, dict)]
 

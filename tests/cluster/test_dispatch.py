@@ -250,6 +250,20 @@ def test_a_verifier_that_left_keeps_its_streams() -> None:
     run(test)
 
 
+def test_verifiers_are_kept_while_serve_does_not_answer() -> None:
+    async def test() -> None:
+        hosts = fleet_of(ScriptedHost(), ScriptedHost())
+        async with serving(hosts) as dispatcher:
+            hosts.is_silent = True
+            hosts.links["v1"].kill()
+            await dispatcher.fleet.refresh()
+            assert [status.view.id for status in dispatcher.fleet.statuses] == ["v0"]
+            (generation,) = await dispatcher.start([request()])
+            assert len(await collect(generation)) == 20
+
+    run(test)
+
+
 def test_an_unhealthy_verifier_gets_nothing_new() -> None:
     async def test() -> None:
         sick, well = ScriptedHost(max_running=64), ScriptedHost()

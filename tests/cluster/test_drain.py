@@ -56,9 +56,9 @@ class Cluster:
         response = httpx.get(self.url + path)
         return response.json() if "json" in response.headers.get("content-type", "") else response.text
 
-    def replays(self) -> float:
+    def counter(self, name: str) -> float:
         lines = self.get("/metrics").splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith("dspark_replays_total"))
+        return next(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_scaling_down_lets_streams_finish_where_they_are(cluster: Cluster) -> No
     cluster.deploy(2, drain_s=30)
     with Streams(cluster):
         cluster.deploy(1, drain_s=30)
-    assert cluster.replays() == 0
+    assert cluster.counter("dspark_replays_total") == 0
 
 
 def test_redeploying_everything_lets_streams_finish(cluster: Cluster) -> None:
@@ -124,4 +124,13 @@ def test_a_drain_ends_at_its_limit_and_streams_go_on_elsewhere(cluster: Cluster)
     cluster.deploy(2, drain_s=0.5)
     with Streams(cluster):
         cluster.deploy(1, drain_s=0.5)
-    assert cluster.replays() == 2
+    assert cluster.counter("dspark_replays_total") == 2
+
+
+def test_metrics_are_the_sum_of_all_routers(cluster: Cluster) -> None:
+    cluster.deploy(1, drain_s=1, num_routers=2)
+    assert cluster.counter("dspark_prompt_tokens_total") == 0
+    for _ in range(12):
+        body = {"prompt": "x", "max_tokens": 1}
+        httpx.post(f"{cluster.url}/v1/completions", json=body).raise_for_status()
+    assert {cluster.counter("dspark_prompt_tokens_total") for _ in range(8)} == {12.0}, "whichever router answers"

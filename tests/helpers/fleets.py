@@ -25,6 +25,7 @@ class Hosts:
     hosts: dict[str, ScriptedHost] = field(default_factory=dict)
     links: dict[str, LocalLink] = field(default_factory=dict)
     listed: dict[str, ReplicaFacts] = field(default_factory=dict)
+    is_silent: bool = False  # Serve does not answer
 
     def add(self, name: str, host: ScriptedHost, fingerprint: str = "model") -> None:
         self.hosts[name] = host
@@ -35,8 +36,8 @@ class Hosts:
         self.links[name].kill()
         self.listed.pop(name, None)
 
-    async def discover(self) -> Sequence[ReplicaFacts]:
-        return list(self.listed.values())
+    async def discover(self) -> Sequence[ReplicaFacts] | None:
+        return None if self.is_silent else list(self.listed.values())
 
     def connect(self, facts: ReplicaFacts) -> Link:
         self.links[facts.replica_id] = LocalLink(facts.replica_id, self.hosts[facts.replica_id])

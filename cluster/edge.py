@@ -2,8 +2,9 @@
 
 Ray Serve's proxy obeys ``x-request-timeout-seconds`` (in place of the server's own time limit) and
 ``x-request-disconnect-disabled`` (a request that nobody waits for runs on), whoever sends them; it reads a body
-without limit; and the router's replica has to call back for that body, which costs two milliseconds. ``ProxyGuard``
-takes those headers out, bounds the body and sends it along inside the ASGI scope. The proxy runs it if it is started with
+without limit; and the router's replica has to call back for that body. ``ProxyGuard`` takes those headers out, bounds
+the body, and sends a small one along inside the ASGI scope. The proxy runs it, for every application behind it, if it is
+started with
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=dspark.cluster.edge.proxy_middlewares
 
@@ -37,9 +38,9 @@ IMPORT_PATH_ENV: Final = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MAX_BODY_ENV: Final = "DSPARK_MAX_BODY_BYTES"
 DEFAULT_MAX_BODY: Final = 2 * 2**20
 BODY_KEY: Final = "dspark.body"  # of the ASGI scope, which Serve carries from proxy to replica as it is
+SCOPE_BODY_BYTES: Final = 64 * 1024  # larger bodies go the ordinary way only: everything in the scope is sent twice
 DISCARD_FACTOR: Final = 16  # read and dropped of a body that is too large: a client that still writes would not see the answer
 
-_NO_BODY: Final[Message] = {"type": "http.request", "body": b"", "more_body": False}
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 
 
@@ -70,13 +71,15 @@ class ProxyGuard:
             refusal = response_of(too_large(self._max_body_bytes))
             refusal.headers[REQUEST_ID] = headers.get(REQUEST_ID) or uuid.uuid4().hex
             await refusal(scope, receive, send)
-        elif isinstance(body, bytes):
-            await self._app({**scope, BODY_KEY: body}, _After([_NO_BODY], receive), send)
-        else:
-            await self._app(scope, _After(body, receive), send)
+            return
+        if body and body[-1]["type"] == "http.request":
+            whole = b"".join(message.get("body", b"") for message in body)
+            if len(whole) <= SCOPE_BODY_BYTES:
+                scope[BODY_KEY] = whole
+        await self._app(scope, _After(body, receive), send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | list[Message] | None:
-        """The whole body; None if it is too large; the messages so far if the client left before its end."""
+    async def _read(self, headers: Headers, receive: Receive) -> list[Message] | None:
+        """The messages of the whole body, or up to the client's leaving; None if it is too large."""
         limit = self._max_body_bytes
         messages: list[Message] = []
         size = 0
@@ -91,7 +94,7 @@ class ProxyGuard:
                 return messages
             if not message.get("more_body", False):
                 break
-        return None if is_large else b"".join(message.get("body", b"") for message in messages)
+        return None if is_large else messages
 
 
 class BodyFromScope:
@@ -108,7 +111,7 @@ class BodyFromScope:
 
         async def only_disconnect() -> Message:
             while (message := await receive())["type"] == "http.request":
-                pass  # the empty body that stands for the one we have
+                pass  # the same body on the ordinary way
             return message
 
         await self._app(scope, _After([{"type": "http.request", "body": body, "more_body": False}], only_disconnect), send)

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from dspark.cluster import edge
-from dspark.cluster.edge import BODY_KEY, DISCARD_FACTOR, BodyFromScope, ProxyGuard, proxy_middlewares
+from dspark.cluster.edge import BODY_KEY, DISCARD_FACTOR, SCOPE_BODY_BYTES, BodyFromScope, ProxyGuard, proxy_middlewares
 
 
 async def mirror(scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,6 +125,23 @@ def test_the_body_travels_in_the_scope_and_the_disconnect_after_it() -> None:
 
     asyncio.run(test())
     assert seen == [b"abc", {"type": "http.request", "body": b"abc", "more_body": False}, {"type": "http.disconnect"}]
+
+
+@pytest.mark.parametrize("size", [10, SCOPE_BODY_BYTES, SCOPE_BODY_BYTES + 1])
+def test_other_applications_get_their_bodies_too(size: int) -> None:
+    seen: list[bool] = []
+
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(BODY_KEY in scope)
+        await mirror(scope, receive, send)
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(ProxyGuard(other, 10**6))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/", content=b"x" * size)
+
+    assert asyncio.run(send()).json()["size"] == size
+    assert seen == [size <= SCOPE_BODY_BYTES]
 
 
 def test_the_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,6 +90,7 @@ class EngineRunner:
         started = time.perf_counter()
         outputs = self.llm.generate(prompts, params, speculation=str(self.speculation), max_concurrency=concurrency)
         seconds = time.perf_counter() - started
+        self.llm.rest()
         choices = [output.choices[0] for output in outputs]
         counts = Counts(
             steps=round(self.llm.stats()["steps_total"] - steps),
@@ -127,7 +129,8 @@ class TransformersRunner:
         if concurrency != 1:
             raise ValueError("the transformers baseline runs one prompt at a time")
         started = time.perf_counter()
-        answers = [self._generate(prompt, settings) for prompt in prompts]
+        with ThreadPoolExecutor(1) as apart:  # a thread that ends: idle teams of compute threads would slow the engines down
+            answers = apart.submit(lambda: [self._generate(prompt, settings) for prompt in prompts]).result()
         seconds = time.perf_counter() - started
         timelines, tokens = zip(*answers, strict=True)
         return Run(timelines, tokens, seconds, Counts(steps=sum(map(len, tokens))))

@@ -62,9 +62,10 @@ Loader = Callable[[EngineConfig, Callable[[str], None]], Ready]
 def load_verifier(config: EngineConfig, progress: Callable[[str], None]) -> Ready:
     """Load the engine that the configuration names."""
     from dspark.workers.build import load_engine
+    from dspark.workers.own_thread import call_in_own_thread
     from dspark.workers.verifier.host import EngineHost
 
-    loaded = load_engine(config, progress)
+    loaded = call_in_own_thread(lambda: load_engine(config, progress))
     return Ready(EngineHost(loaded.engine), loaded.model_name, loaded.engine.options.max_model_len, loaded.describe)
 
 

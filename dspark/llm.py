@@ -55,8 +55,9 @@ class LLM:
         }
         config = engine_config(named | settings)
         from dspark.workers.build import load_engine
+        from dspark.workers.own_thread import call_in_own_thread
 
-        self._open(load_engine(config, log.info))
+        self._open(call_in_own_thread(lambda: load_engine(config, log.info)))
 
     @classmethod
     def of(cls, loaded: Loaded) -> LLM:
@@ -71,7 +72,6 @@ class LLM:
         self._loaded = loaded
         self._host = EngineHost(loaded.engine)
         self._numbers = itertools.count()
-        self._host.start()
         self._finalizer = weakref.finalize(self, self._host.close)  # also at exit, before threads are torn down
 
     @property
@@ -133,6 +133,16 @@ class LLM:
         """Stop the engine; requests that still run end with ``abort``. Closing twice is fine."""
         self._finalizer()
 
+    def rest(self) -> None:
+        """End the engine's threads until the next call; requests that still run end with ``abort``.
+
+        Idle engines hold teams of compute threads, which slow other engines of the same process down
+        (``dspark.workers.own_thread``): whoever uses several in turns lets the others rest.
+        """
+        self._check_open()
+        self._finalizer()
+        self._open(self._loaded)
+
     def __enter__(self) -> LLM:
         return self
 
@@ -142,6 +152,7 @@ class LLM:
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("this LLM is closed")
+        self._host.start()
 
     def _prepare(self, prompt: Any, sampling: SamplingParams, speculation: str | None) -> list[Collector]:
         """One checked request for each of ``n`` choices."""

@@ -25,9 +25,10 @@ from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.self_check import SUSPICIOUS, acceptance_on_builtin_text
 from dspark.workers.verifier.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.verifier.engine import Engine, EngineOptions
+from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.profile import measure_costs
 from dspark.workers.verifier.scheduler import Limits
-from dspark.workers.verifier.targets import Target, as_target, check_model_folder, load_model, load_tokenizer
+from dspark.workers.verifier.targets import Target, as_target, check_faithful, check_model_folder, load_model, load_tokenizer, own_logits
 
 Progress = Callable[[str], None]
 KV_SHARE = {"cpu": 0.15, "cuda": 0.7}  # of the memory that is free after loading the weights
@@ -55,6 +56,9 @@ def load_engine(config: EngineConfig, progress: Progress = lambda _: None) -> Lo
     check_model_folder(folder)
     progress(f"loading {config.model or DEFAULT_MODEL_NAME} as {str(dtype).removeprefix('torch.')} on {device}")
     target = as_target(load_model(folder, dtype, device, config.revision), config.model or DEFAULT_MODEL_NAME)
+    reference = own_logits(target)
+    if fuse(target):
+        check_faithful(target, reference)
     tokenizer = load_tokenizer(folder, config.revision)
     return assemble(target, tokenizer, config, progress)
 

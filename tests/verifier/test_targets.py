@@ -12,6 +12,7 @@ from dspark.errors import ConfigError
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, PlanRow, Request, Speculation, VerifyPlan
 from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.runner import Runner
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.targets import Target, as_target, check_model_folder, load_model
@@ -165,3 +166,29 @@ def test_saved_model_loads_with_our_attention(tmp_path) -> None:  # type: ignore
     families.make("llama").save_pretrained(tmp_path)
     model = load_model(str(tmp_path), torch.float32, torch.device("cpu"))
     assert as_target(model, "x").num_layers == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_fused_layers_compute_the_same(family: str) -> None:
+    target, fused = (as_target(families.make(family), family) for _ in range(2))
+    assert fuse(fused)
+    tokens = [(7 * i) % 150 + 3 for i in range(33)]
+    results = []
+    for each in (target, fused):
+        pool = BlockPool(8)
+        runner = Runner(each, pool, (-1, 2))
+        sequence = Sequence.of(Request("a", tuple(tokens), SamplingParams()), Speculation(), 256)
+        pool.open("a", [])
+        assert pool.grow("a", 33)
+        runner.forward(VerifyPlan((PlanRow("a", 0, 20, 0, False),), 20), {"a": sequence})
+        sequence.num_computed = 20
+        results.append(runner.forward(VerifyPlan((PlanRow("a", 20, 13, 0, True),), 13), {"a": sequence}))
+    torch.testing.assert_close(results[1].logits, results[0].logits, atol=1e-5, rtol=1e-5)
+    assert results[0].taps is not None
+    assert results[1].taps is not None
+    torch.testing.assert_close(results[1].taps, results[0].taps, atol=1e-5, rtol=1e-5)
+
+
+def test_other_layers_stay_as_they_are() -> None:
+    target = as_target(families.make("gemma3"), "gemma3")
+    assert not fuse(target)

@@ -38,8 +38,10 @@ class EngineHost:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin serving."""
-        self._thread.start()
+        """Begin serving; starting twice is fine."""
+        with self._wake:
+            if self._thread.ident is None:
+                self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; its outcomes reach ``sink`` on the engine thread. Raises BadRequest, Overloaded or WorkerLost."""

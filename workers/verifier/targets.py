@@ -128,7 +128,7 @@ def as_target(model: PreTrainedModel, name: str) -> Target:
         dtype=model.dtype,
         device=model.device,
     )
-    check_faithful(target)
+    check_faithful(target, own_logits(target))
     return target
 
 
@@ -164,18 +164,29 @@ def probe_layers(model: PreTrainedModel) -> dict[int, LayerShape]:
     return layers
 
 
+def _check_input(target: Target) -> tuple[Tensor, Tensor]:
+    """Token ids and positions [1, CHECK_LENGTH] of the self-check."""
+    ids = torch.randint(0, target.vocab_size, (1, CHECK_LENGTH), generator=torch.Generator().manual_seed(0))
+    return ids.to(target.device), torch.arange(CHECK_LENGTH, device=target.device).unsqueeze(0)
+
+
 @torch.inference_mode()
-def check_faithful(target: Target) -> None:
-    """Compare logits of two chunks through paged attention with one plain forward; ConfigError if they differ."""
-    model, length = target.model, CHECK_LENGTH
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, target.vocab_size, (1, length), generator=generator).to(target.device)
-    positions = torch.arange(length, device=target.device).unsqueeze(0)
-    model.set_attn_implementation("eager")
+def own_logits(target: Target) -> Tensor:
+    """Logits [CHECK_LENGTH, V] of the self-check through the model's own attention."""
+    ids, positions = _check_input(target)
+    target.model.set_attn_implementation("eager")
     try:
-        expected = model(ids, position_ids=positions, use_cache=False).logits[0].float()
+        logits: Tensor = target.model(ids, position_ids=positions, use_cache=False).logits[0].float()
     finally:
-        model.set_attn_implementation(ATTENTION_NAME)
+        target.model.set_attn_implementation(ATTENTION_NAME)
+    return logits
+
+
+@torch.inference_mode()
+def check_faithful(target: Target, expected: Tensor) -> None:
+    """Compare logits of two chunks through paged attention with the model's own; ConfigError if they differ."""
+    model, length = target.model, CHECK_LENGTH
+    ids, positions = _check_input(target)
     store = KVStore(target.layers, 2, 16, torch.empty(0, dtype=target.dtype, device=target.device))
     parts = []
     for begin, end in ((0, length // 2), (length // 2, length)):

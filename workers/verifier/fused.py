@@ -1,0 +1,93 @@
+"""Fused decoder layers for Llama-class targets: merged q/k/v and gate/up, one rotary pass, fused norms.
+
+The same function as transformers' layer with fewer and larger calls. Measured where it was made for, SmolLM2-135M on two
+CPU cores, one row, bf16: the 211 matrix products of a step become 121 and a step loses several of its 36 ms, most of it
+interpreter time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.kernels.paged_attention import AttentionShape
+from dspark.workers.verifier.attention import QKV, AttentionStep
+from dspark.workers.verifier.targets import Target
+
+FUSABLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer"}
+
+
+class FusedLayer(nn.Module):
+    """One decoder layer [1, T, d] -> [1, T, d] around ``step.attend``; weights are merged copies of ``layer``'s."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
+        self.heads = attention.q_proj.out_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        self.shape = AttentionShape(attention.scaling, getattr(attention, "sliding_window", _window(attention)))
+        self.qkv = _merge(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = _merge(mlp.gate_proj, mlp.up_proj)
+        self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+
+    def forward(
+        self, hidden_states: Tensor, *unused: Any, position_embeddings: tuple[Tensor, Tensor], step: AttentionStep, **others: Any
+    ) -> Tensor:
+        """``position_embeddings``: cos and sin [1, T, head_dim]."""
+        hidden = hidden_states[0]
+        attended = self._attend(_norm(self.input_norm, hidden), position_embeddings, step)
+        hidden = hidden + F.linear(attended, self.o_proj.weight, self.o_proj.bias)
+        gate, up = F.linear(_norm(self.post_norm, hidden), *self.gate_up).chunk(2, dim=-1)
+        return (hidden + F.linear(F.silu(gate) * up, self.down_proj.weight, self.down_proj.bias)).unsqueeze(0)
+
+    def _attend(self, normed: Tensor, rotary: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
+        tokens, rotated = normed.shape[0], self.heads + self.kv_heads
+        heads = F.linear(normed, *self.qkv).view(tokens, rotated + self.kv_heads, self.head_dim)
+        turning, value = heads[:, :rotated], heads[:, rotated:]
+        if self.q_norm is not None:
+            turning = torch.cat([_norm(self.q_norm, turning[:, : self.heads]), _norm(self.k_norm, turning[:, self.heads :])], dim=1)
+        cos, sin = (part[0].unsqueeze(1) for part in rotary)
+        left, right = turning.chunk(2, dim=-1)
+        turned = turning * cos + torch.cat((-right, left), dim=-1) * sin
+        tensors = QKV(turned[:, : self.heads], turned[:, self.heads :], value)
+        return step.attend(self.layer_idx, tensors, self.shape, None).reshape(tokens, -1)
+
+
+def fuse(target: Target) -> bool:
+    """Replace a target's decoder layers by fused ones where their class is known; whether it did."""
+    layers = target.decoder_layers()
+    if not all(type(layer).__name__ in FUSABLE and _is_plain(layer) for layer in layers):
+        return False
+    for index, layer in enumerate(layers):
+        layers[index] = FusedLayer(layer)
+    return True
+
+
+def _is_plain(layer: Any) -> bool:
+    """Ordinary linear layers and SiLU: nothing quantised, sharded or adapted."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return all(type(linear) is nn.Linear for linear in linears) and "silu" in type(mlp.act_fn).__name__.lower()
+
+
+def _window(attention: Any) -> int | None:
+    """Mistral keeps its window in the configuration, Llama has none."""
+    return getattr(attention.config, "sliding_window", None) if type(attention).__name__ == "MistralAttention" else None
+
+
+def _merge(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight [sum of outputs, inputs] and bias of linear layers that read the same input."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return weight, torch.cat([bias.detach() for bias in biases]) if biases else None
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)

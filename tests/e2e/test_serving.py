@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -108,6 +109,34 @@ def test_a_verifier_that_dies_mid_stream_changes_no_text(server: Server) -> None
     assert server.metrics("dspark_replays_total")[""] > before
     assert httpx.get(f"{server.url}/health").status_code == 200
     eventually(lambda: httpx.get(f"{server.url}/health").json()["healthy"] == 2, 60, "Serve's replacing the verifier")
+
+
+def test_nothing_leaks_when_many_clients_leave(server: Server) -> None:
+    async def one(client: httpx.AsyncClient, index: int) -> None:
+        body = LONG | {"prompt": f"client {index}", "stream": index % 3 != 0, "n": 1 + index % 2, "max_tokens": 400}
+        patience_s = (0.02, 0.1, 0.3, 30.0)[index % 4]
+        try:
+            async with asyncio.timeout(patience_s), client.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+                assert response.status_code == 200
+                async for _ in response.aiter_bytes():
+                    pass
+        except TimeoutError:
+            assert patience_s < 1
+
+    async def test() -> None:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=100)) as client:
+            await asyncio.gather(*(one(client, i) for i in range(40)))
+
+    asyncio.run(test())
+    eventually(lambda: running(server) == 0 and free_blocks(server) == TOTAL_BLOCKS, 3, "freeing everything")
+
+
+def test_responses_of_many_megabytes_arrive(server: Server) -> None:
+    body = LONG | {"prompt": "big", "n": 8, "max_tokens": 600, "logprobs": 20, "seed": 1, "temperature": 1.0}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 200
+    assert len(response.content) > 4 * 2**20, "over the limit that Serve has for a message by default"
+    assert [len(choice["logprobs"]["tokens"]) for choice in response.json()["choices"]] == [600] * 8
 
 
 def test_metrics_and_docs(server: Server) -> None:

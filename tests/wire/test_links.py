@@ -307,6 +307,31 @@ def test_broken_peers_end_their_own_session_only(messages: list[pb.Up]) -> None:
     run(test)
 
 
+def test_garbage_on_the_stream_ends_that_stream_only() -> None:
+    async def test() -> None:
+        host = ScriptedHost(step_s=0.01)
+        server = WireServer(host, "v0", "model", "secret")
+        address = await server.start()
+        good = GrpcLink("v0", address, "secret", "good")
+        await good.open(5)
+        flight = await good.submit(request("mine", 40))
+        async with grpc.aio.insecure_channel(address) as channel:
+            for messages in ([b"\xff\xff\xff"], [HELLO.SerializeToString(), b"\x0a\xff\xff\xff\xff garbage"]):
+                method = channel.stream_stream("/dspark.wire.v1.Verifier/Session", request_serializer=bytes)
+                call = method(metadata=((TOKEN_KEY, "secret"),))
+                for message in messages:
+                    await call.write(message)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await read_all(call)
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await collect(flight))[0] == continuation(PROMPT, 40)
+        await good.close()
+        await server.stop()
+        host.close()
+
+    run(test)
+
+
 def test_a_session_cannot_cancel_anothers_request() -> None:
     async def test() -> None:
         host = ScriptedHost(step_s=0.01)

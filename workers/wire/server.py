@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from dspark.errors import DSparkError, Overloaded
 from dspark.types import StepOutcome
@@ -198,7 +199,7 @@ class WireServer(VerifierServicer):
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 first = await anext(requests)
-        except (TimeoutError, StopAsyncIteration):
+        except (TimeoutError, StopAsyncIteration, DecodeError):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no hello came")
         hello = first.hello
         if first.WhichOneof("kind") != "hello" or hello.protocol != PROTOCOL:
@@ -215,6 +216,8 @@ class WireServer(VerifierServicer):
                 self._take(session, message)
         except WireError as error:
             session.end(error)
+        except DecodeError as error:
+            session.end(WireError(f"not a message: {error}"))
         finally:
             session.end()
 

@@ -132,11 +132,11 @@ def test_nothing_leaks_when_many_clients_leave(server: Server) -> None:
 
 
 def test_responses_of_many_megabytes_arrive(server: Server) -> None:
-    body = LONG | {"prompt": "big", "n": 8, "max_tokens": 600, "logprobs": 20, "seed": 1, "temperature": 1.0}
-    response = server.post("/v1/completions", body)
+    more = {"n": 8, "max_tokens": 600, "logprobs": True, "top_logprobs": 20, "seed": 1, "temperature": 1.0, "speculation": "off"}
+    response = server.post("/v1/chat/completions", LONG | more | {"messages": [{"role": "user", "content": "big"}]})
     assert response.status_code == 200
     assert len(response.content) > 4 * 2**20, "over the limit that Serve has for a message by default"
-    assert [len(choice["logprobs"]["tokens"]) for choice in response.json()["choices"]] == [600] * 8
+    assert [len(choice["logprobs"]["content"]) for choice in response.json()["choices"]] == [600] * 8
 
 
 def test_metrics_and_docs(server: Server) -> None:

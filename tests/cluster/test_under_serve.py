@@ -1,7 +1,8 @@
-"""Under Ray Serve: scaling down and redeploying never cut a running stream before its limit."""
+"""Under Ray Serve: nothing cuts a running stream before its limit, and overload is decided by us."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
@@ -134,3 +135,22 @@ def test_metrics_are_the_sum_of_all_routers(cluster: Cluster) -> None:
         body = {"prompt": "x", "max_tokens": 1}
         httpx.post(f"{cluster.url}/v1/completions", json=body).raise_for_status()
     assert {cluster.counter("dspark_prompt_tokens_total") for _ in range(8)} == {12.0}, "whichever router answers"
+
+
+def test_overload_is_refused_by_our_admission_exactly(cluster: Cluster) -> None:
+    """The scripted verifier runs 8 requests and queues 8; Serve itself must neither drop nor hold any."""
+    cluster.deploy(1, drain_s=1, num_routers=2)
+
+    async def one(client: httpx.AsyncClient, index: int) -> httpx.Response:
+        return await client.post(f"{cluster.url}/v1/completions", json={"prompt": "x", "max_tokens": 250})
+
+    async def burst() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=100)) as client:
+            return await asyncio.gather(*(one(client, i) for i in range(40)))
+
+    responses = asyncio.run(burst())
+    assert sorted(response.status_code for response in responses) == [200] * 16 + [503] * 24
+    for response in responses:
+        if response.status_code == 503:
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "overloaded"

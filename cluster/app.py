@@ -13,6 +13,7 @@ from dspark.cluster.ingress import Router
 from dspark.cluster.verifier import Loader, Verifier, load_verifier
 from dspark.config import ServeConfig
 from dspark.config_file import validate
+from dspark.errors import ConfigError
 
 APP_NAME = "dspark"
 FAR_OUT = 100_000  # Serve's own limits: our admission decides long before they are reached
@@ -63,6 +64,8 @@ def assemble(config: ServeConfig, loader: Loader = load_verifier) -> Application
 
 def _gpus(device: str) -> float:
     """GPUs a verifier asks Ray for. ``auto`` takes one if the cluster has any."""
+    if device.startswith("cuda:"):
+        raise ConfigError(f"engine.device {device}: Ray gives each verifier a GPU; say cuda, and choose GPUs with CUDA_VISIBLE_DEVICES")
     if device == "auto":
         has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1  # type: ignore[no-untyped-call]
         return 1.0 if has_gpu else 0.0

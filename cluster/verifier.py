@@ -81,7 +81,7 @@ class Verifier:
         try:
             self._ready = await asyncio.to_thread(loader, config.engine, progress)
         except DSparkError as error:
-            progress(f"{ERROR_MARK}{type(error).__name__}: {error}")
+            progress(f"{ERROR_MARK}{error}")
             raise
         self._ready.host.start()
         self._token = secrets.token_hex(32)

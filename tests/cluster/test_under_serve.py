@@ -23,7 +23,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from dspark.cluster.app import APP_NAME, QUIET
-from dspark.cluster.serve import RAY_DEFAULTS
+from dspark.cluster.local_ray import RAY_DEFAULTS
 
 PROMPTS = ["a", "b", "c", "d"]
 TOKENS = 300

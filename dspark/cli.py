@@ -74,9 +74,10 @@ def _serve(args: argparse.Namespace) -> int:
     config = config_from(args)
     try:
         from dspark.cluster.serve import serve_forever
+
+        serve_forever(config, show_dashboard=args.dashboard)
     except ModuleNotFoundError as error:
         raise _missing_library(error, SERVE_LIBRARIES, "serve") from error
-    serve_forever(config, show_dashboard=args.dashboard)
     return 0
 
 

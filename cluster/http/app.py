@@ -99,7 +99,7 @@ def _add_generation(app: FastAPI, service: Service, options: HttpOptions) -> Non
     async def create_chat_completion(request: Request) -> Response:
         arrived = time.monotonic()
         body = parse(ChatBody, await read_body(request, options.max_body_bytes))
-        job = await while_connected(request.receive, chat.begin(service, body, arrived))
+        job = await while_connected(request.receive, chat.begin(service, body, arrived), Job.close)
         if body.stream:
             return EventStream(chat.events(job, body.wants_usage), job.close)
         return await _answer(request, job, chat.collect(job))
@@ -107,7 +107,7 @@ def _add_generation(app: FastAPI, service: Service, options: HttpOptions) -> Non
     async def create_completion(request: Request) -> Response:
         arrived = time.monotonic()
         body = parse(CompletionBody, await read_body(request, options.max_body_bytes))
-        job = await while_connected(request.receive, completions.begin(service, body, arrived))
+        job = await while_connected(request.receive, completions.begin(service, body, arrived), Job.close)
         if body.stream:
             return EventStream(completions.events(job, body), job.close)
         return await _answer(request, job, completions.collect(job, body))

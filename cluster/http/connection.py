@@ -45,19 +45,30 @@ def too_large(max_bytes: int) -> TooLarge:
     return TooLarge(f"the request body is over the limit of {max_bytes} bytes", None, "body_too_large")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Run ``work`` unless the client leaves first: then it is cancelled and ``ClientLeftError`` raised."""
+async def while_connected(
+    receive: Receive, work: Coroutine[Any, Any, Result], discard: Callable[[Result], None] = lambda _: None
+) -> Result:
+    """Run ``work`` unless the client leaves first: then it is cancelled and ``ClientLeftError`` raised.
+
+    A result that came too late for anyone to take it goes to ``discard``.
+    """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientLeftError
-    finally:
-        for pending in (task, watcher):
-            pending.cancel()
+        has_left = not task.done()
+        task.cancel()
+        watcher.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
+        if has_left:
+            raise ClientLeftError
+        return task.result()
+    except BaseException:
+        # This may be cancelled at either await, also when the work is done: its result is then nobody's.
+        watcher.cancel()
+        task.cancel()
+        task.add_done_callback(lambda done: None if done.cancelled() or done.exception() else discard(done.result()))
+        raise
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -6,11 +6,11 @@ replica answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import Metric
 
 from dspark.types import Finish
@@ -80,6 +80,10 @@ class Meter:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"dspark_{name}", text, ["model_name", *labels], registry=self._registry)
+
+    def follow(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Show a gauge whose value is asked for whenever metrics are read."""
+        Gauge(f"dspark_{name}", text, ["model_name"], registry=self._registry).labels(self.model_name).set_function(value)
 
     def took(self, num_prompt_tokens: int) -> None:
         """A prompt was queued."""

@@ -175,6 +175,7 @@ class Service:
         self.max_model_len = max_model_len
         self.texts = TokenTexts(tokenizer)
         self.meter = Meter(model_name)
+        self.meter.follow("in_flight", "Choices that are generated for this router's clients.", lambda: dispatcher.in_flight)
         self.started = int(time.time())
 
     def check_model(self, name: str | None) -> None:

@@ -17,7 +17,7 @@ from helpers.toy_tokenizers import byte_level
 
 from dspark.cluster.dispatch import Dispatcher
 from dspark.cluster.http.app import HttpOptions, make_app
-from dspark.cluster.http.connection import event
+from dspark.cluster.http.connection import event, while_connected
 from dspark.cluster.http.service import Service
 from dspark.errors import Overloaded
 
@@ -473,6 +473,61 @@ def test_a_client_that_leaves_frees_the_verifier(stream: bool) -> None:
             await asyncio.wait_for(task, 1)
             assert host.stats() == {"running": 0.0, "free_blocks": 256.0}
             assert setup.dispatcher.in_flight == 0
+
+    run(test)
+
+
+def test_a_result_nobody_takes_is_discarded() -> None:
+    """The server cancels a handler just when its work is done: the work must not stay in flight for ever."""
+    discarded: list[str] = []
+
+    async def test() -> None:
+        done = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(10)
+            return {"type": "http.disconnect"}
+
+        async def work() -> str:
+            await done.wait()
+            return "job"
+
+        handler = asyncio.create_task(while_connected(receive, work(), discarded.append))
+        await asyncio.sleep(0.01)
+        done.set()
+        handler.cancel()  # both before the loop runs again
+        with pytest.raises(asyncio.CancelledError):
+            await handler
+
+    run(test)
+    assert discarded == ["job"]
+
+
+def test_a_client_that_leaves_during_begin_leaves_nothing_in_flight() -> None:
+    async def test() -> None:
+        host = ScriptedHost(vocab=1000, step_s=0.02)
+        async with api(host) as setup:
+            body = json.dumps(CHAT | {"max_tokens": 1000}).encode()
+            scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+            for spins in range(40):
+                messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+                async def receive(messages: list[dict[str, Any]] = messages) -> dict[str, Any]:
+                    if messages:
+                        return messages.pop()
+                    await asyncio.sleep(10)
+                    return {"type": "http.disconnect"}
+
+                async def send(message: Any) -> None:
+                    return None
+
+                task = asyncio.create_task(setup.app(dict(scope), receive, send))
+                for _ in range(spins):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+            assert setup.dispatcher.in_flight == 0
+            assert host.stats()["running"] == 0
 
     run(test)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import grpc
 import httpx
 import pytest
 from helpers.servers import Server
@@ -50,8 +51,8 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_second(server: Server, s
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.send(_with_timeout(request, 0.3))
-    took = eventually(lambda: running(server) == 0 and free_blocks(server) == TOTAL_BLOCKS, 1.5, "freeing blocks")
-    assert took < 1.5
+    eventually(lambda: running(server) == 0 and free_blocks(server) == TOTAL_BLOCKS, 1.5, "freeing blocks")
+    assert server.metrics("dspark_in_flight") == {"": 0.0}
 
 
 def _with_timeout(request: httpx.Request, seconds: float) -> httpx.Request:
@@ -129,6 +130,7 @@ def test_nothing_leaks_when_many_clients_leave(server: Server) -> None:
 
     asyncio.run(test())
     eventually(lambda: running(server) == 0 and free_blocks(server) == TOTAL_BLOCKS, 3, "freeing everything")
+    assert server.metrics("dspark_in_flight") == {"": 0.0}
 
 
 def test_responses_of_many_megabytes_arrive(server: Server) -> None:
@@ -137,6 +139,18 @@ def test_responses_of_many_megabytes_arrive(server: Server) -> None:
     assert response.status_code == 200
     assert len(response.content) > 4 * 2**20, "over the limit that Serve has for a message by default"
     assert [len(choice["logprobs"]["content"]) for choice in response.json()["choices"]] == [600] * 8
+
+
+def test_nothing_is_open_to_the_network(server: Server) -> None:
+    """All ports are on the loopback interface, but those that Serve opens for its replicas: they want Ray's token."""
+    ports = server.listening()
+    assert ("127.0.0.1", server.port) in {(address, port) for address, port, _ in ports}
+    outside = [(port, command) for address, port, command in ports if not address.startswith("127.")]
+    for port, command in outside:
+        assert "ServeReplica" in command
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_metrics_and_docs(server: Server) -> None:

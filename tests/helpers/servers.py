@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
@@ -70,6 +71,29 @@ class Server:
     def verifiers(self) -> list[int]:
         """Process ids of the verifier replicas."""
         return [pid for pid, command in self.processes().items() if "ServeReplica:dspark:Verifier" in command]
+
+    def listening(self) -> set[tuple[str, int, str]]:
+        """Address, port and command line of every TCP port that the server's processes listen on."""
+        owners: dict[str, str] = {}
+        for pid, command in self.processes().items():
+            for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+                try:
+                    target = str(descriptor.readlink())
+                except OSError:
+                    continue
+                if target.startswith("socket:["):
+                    owners[target[8:-1]] = command
+        found = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and fields[9] in owners:
+                    host, port = fields[1].split(":")
+                    words = [bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, len(host), 8)]  # little-endian words
+                    address = ipaddress.ip_address(b"".join(words))
+                    address = getattr(address, "ipv4_mapped", None) or address
+                    found.add((str(address), int(port, 16), owners[fields[9]]))
+        return found
 
     def metrics(self, name: str) -> dict[str, float]:
         """The series of one metric, by replica (or the empty name)."""

@@ -18,6 +18,9 @@ from typing import Any, Protocol
 
 from dspark.sampling import SamplingParams
 
+MAX_TREE_NODES = 64
+DEFAULT_TREE_NODES = 16
+
 
 class Finish(StrEnum):
     """Why a request ended. The values are OpenAI's ``finish_reason`` where OpenAI has one."""
@@ -34,19 +37,28 @@ class Mode(StrEnum):
     OFF = "off"
     STATIC = "static"
     ADAPTIVE = "adaptive"
+    SHADOW = "shadow"  # verifies all, commits what adaptive would have: shows what trimming costs
 
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """A speculation mode; ``draft_len`` is k of ``static:k``, and the upper limit for ``adaptive`` (None: the drafter's)."""
+    """A speculation mode; ``draft_len`` is k of ``static:k``, and the longest branch otherwise (None: the drafter's).
+
+    ``tree_nodes`` is how many nodes a draft tree may have; 0 asks for chains. Only adaptive verification takes trees.
+    """
 
     mode: Mode = Mode.ADAPTIVE
     draft_len: int | None = None
+    tree_nodes: int = 0
 
     @staticmethod
     def parse(text: str) -> Speculation:
-        """Read ``off`` (or ``plain``), ``static:K``, ``adaptive`` or ``adaptive:K``; ValueError otherwise."""
+        """Read ``off`` (or ``plain``), ``static:K``, ``adaptive[:K]``, ``shadow[:K]`` or ``tree[:NODES]``; ValueError otherwise."""
         name, _, length = text.partition(":")
+        if name == "tree":
+            if length and not 0 < int(length) <= MAX_TREE_NODES:
+                raise ValueError(f"speculation {text!r}: a tree has from 1 to {MAX_TREE_NODES} nodes")
+            return Speculation(tree_nodes=int(length) if length else DEFAULT_TREE_NODES)
         mode = Mode.OFF if name == "plain" else Mode(name)
         if mode is Mode.OFF and length:
             raise ValueError(f"speculation {text!r}: off takes no length")
@@ -57,6 +69,8 @@ class Speculation:
         return Speculation(mode, int(length) if length else None)
 
     def __str__(self) -> str:
+        if self.tree_nodes:
+            return f"tree:{self.tree_nodes}"
         return f"{self.mode}:{self.draft_len}" if self.draft_len else str(self.mode)
 
 
@@ -84,6 +98,7 @@ class Request:
     latency_budget: LatencyBudget = field(default_factory=LatencyBudget)
     speculation: Speculation | None = None
     priority: int = 0
+    service_class: str = ""  # the class whose latency budget it has, for metrics; empty: none
     cache_salt: str = ""
     noise_seed: int = field(default_factory=lambda: secrets.randbits(63))
     num_prompt_tokens: int = 0
@@ -102,7 +117,8 @@ class DraftTurn:
     ``tokens`` are the tokens that became known since the request's last turn (the first turn carries them all; a turn
     of a prefill chunk carries none if none became known). ``features`` are the projected context features
     [num_features, d] of positions ``feature_start ..`` that got KV in this step (None when the drafter has no taps).
-    ``max_draft`` is how many tokens the verifier may verify next; 0 means feed only, draft nothing.
+    ``max_draft`` is how many tokens deep the verifier may verify next; 0 means feed only, draft nothing. With
+    ``max_nodes`` over 0 the draft may be a tree of that many nodes.
     """
 
     request_id: str
@@ -113,6 +129,7 @@ class DraftTurn:
     max_draft: int
     sampling: SamplingParams
     noise_seed: int
+    max_nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +149,8 @@ class DraftTree:
 
     ``confidence[i]`` estimates P(node i accepted | its parent accepted) and never looks at token i itself.
     ``law`` None means that every token was chosen deterministically (a one-hot law).
+    ``margin[i]`` is how sure the law of node i is of itself, by any measure that grows with it and does not look at token i
+    (DSpark modules: difference of the two best log-probabilities); empty when the drafter has none.
     """
 
     request_id: str
@@ -140,11 +159,34 @@ class DraftTree:
     parents: tuple[int, ...]
     confidence: tuple[float, ...]
     law: DraftLaw | None = None
+    margin: tuple[float, ...] = ()
 
     @staticmethod
-    def chain(request_id: str, base_len: int, tokens: Sequence[int], confidence: Sequence[float], law: DraftLaw | None = None) -> DraftTree:
+    def chain(
+        request_id: str,
+        base_len: int,
+        tokens: Sequence[int],
+        confidence: Sequence[float],
+        law: DraftLaw | None = None,
+        margin: Sequence[float] = (),
+    ) -> DraftTree:
         """A tree without branches."""
-        return DraftTree(request_id, base_len, tuple(tokens), tuple(range(-1, len(tokens) - 1)), tuple(confidence), law)
+        return DraftTree(request_id, base_len, tuple(tokens), tuple(range(-1, len(tokens) - 1)), tuple(confidence), law, tuple(margin))
+
+    def first(self, count: int) -> DraftTree:
+        """The first ``count`` nodes, with their laws."""
+        if count >= len(self.tokens):
+            return self
+        law = None if self.law is None else DraftLaw(self.law.ids[:count], self.law.probs[:count])
+        return DraftTree(
+            self.request_id,
+            self.base_len,
+            self.tokens[:count],
+            self.parents[:count],
+            self.confidence[:count],
+            law,
+            self.margin[:count],
+        )
 
     @property
     def is_chain(self) -> bool:

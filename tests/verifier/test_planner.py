@@ -20,9 +20,14 @@ COSTS = {
 VALUES = (0.2, 0.5, 0.9)
 
 
+def chain(*confidence: float) -> Candidate:
+    """A chain with these conditional confidences."""
+    return Candidate(tuple(itertools.accumulate(confidence, lambda a, b: a * b)))
+
+
 def plan(confidence: tuple[tuple[float, ...], ...], cost: str, can_look_ahead: bool) -> list[int]:
     rows = len(confidence)
-    return schedule([Candidate(c) for c in confidence], rows, rows, COSTS[cost], 100, can_look_ahead)
+    return schedule([chain(*c) for c in confidence], rows, rows, COSTS[cost], 100, can_look_ahead)
 
 
 def output_law(can_look_ahead: bool) -> list[float]:
@@ -32,7 +37,7 @@ def output_law(can_look_ahead: bool) -> list[float]:
     residual = [max(0.0, t - d) for t, d in zip(target, draft, strict=True)]
     residual = [r / sum(residual) for r in residual]
     for token, second in ((0, 0.9), (1, 0.0)):
-        length = schedule([Candidate((0.8, second))], 1, 1, lambda b: 1 / PAPER_SPS[b], 100, can_look_ahead)[0]
+        length = schedule([chain(0.8, second)], 1, 1, lambda b: 1 / PAPER_SPS[b], 100, can_look_ahead)[0]
         if length == 0:
             for i in (0, 1):
                 law[i] += draft[token] * target[i]
@@ -77,7 +82,7 @@ def test_looking_ahead_finds_the_best_of_all_plans(cost: str) -> None:
 @pytest.mark.parametrize("can_look_ahead", [False, True])
 def test_ties_go_by_position_then_request(can_look_ahead: bool) -> None:
     costs = {2: 1.0, 3: 1.0, 4: 100.0, 5: 100.0, 6: 100.0}
-    candidates = [Candidate((0.5, 1.0)), Candidate((0.5, 1.0))]
+    candidates = [chain(0.5, 1.0), chain(0.5, 1.0)]
     assert schedule(candidates, 2, 2, lambda b: costs[b], 100, can_look_ahead) == [1, 0]
 
 

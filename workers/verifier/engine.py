@@ -22,6 +22,7 @@ from dspark.workers.verifier.laws import check_sampling
 from dspark.workers.verifier.runner import Runner, StepResult
 from dspark.workers.verifier.scheduler import Limits, Scheduler
 from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.survival import HeadSurvival, SurvivalEstimator
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.text import TextStream
 
@@ -58,6 +59,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.runner = Runner(target, pool, drafter.taps)
         self.scheduler = Scheduler(pool, options.limits)
+        self.survival: SurvivalEstimator = HeadSurvival()
         self.counters = EngineCounters()
         self.sequences: dict[str, Sequence] = {}
 
@@ -131,7 +133,9 @@ class Engine:
         drafts: dict[str, DraftTree] = self.drafter.collect(want, self.options.draft_wait_s) if want else {}
         for sequence in self.scheduler.running:
             draft = drafts.get(sequence.id)
-            sequence.draft = draft if draft is not None and draft.base_len == sequence.num_known and draft.is_chain else None
+            is_fresh = draft is not None and draft.base_len == sequence.num_known and draft.is_chain
+            sequence.draft = draft if is_fresh else None
+            sequence.survival = self.survival.survival(draft) if draft is not None and is_fresh else ()
 
     def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:
         items = []
@@ -145,7 +149,7 @@ class Engine:
                         noise_seed=sequence.request.noise_seed,
                         prompt=sequence.request.prompt_token_ids[: sequence.num_prompt],
                         output=sequence.output,
-                        draft=_trim(sequence.draft, row.num_draft),
+                        draft=sequence.draft.first(row.num_draft) if sequence.draft is not None and row.num_draft else None,
                         first_row=first,
                         stop_ids=self._stop_ids(sequence),
                     )
@@ -248,16 +252,6 @@ class Engine:
             self.scheduler.remove(sequence)
         if ended:
             self.drafter.close([sequence.id for sequence in ended])
-
-
-def _trim(draft: DraftTree | None, length: int) -> DraftTree | None:
-    """The first ``length`` nodes of a chain; the law rows go with them."""
-    if draft is None or not length:
-        return None
-    if length == len(draft.tokens):
-        return draft
-    law = None if draft.law is None else type(draft.law)(draft.law.ids[:length], draft.law.probs[:length])
-    return DraftTree.chain(draft.request_id, draft.base_len, draft.tokens[:length], draft.confidence[:length], law)
 
 
 def abort_outcome(request_id: str, base_len: int, finish: Finish, error: str | None = None) -> StepOutcome:

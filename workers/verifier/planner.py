@@ -1,7 +1,7 @@
 """Which drafted tokens to verify: the hardware-aware prefix scheduler (DSpark section 3.2, Algorithm 1).
 
-Pure functions of survival probabilities and a cost table. Survival of node j of request r is the product of the
-confidences up to j. Tokens are admitted in order of survival while they raise the expected throughput
+Pure functions of survival probabilities (``survival.py``) and a cost table. Tokens are admitted in order of survival while
+they raise the expected throughput
 
     theta = (rows + sum of admitted survivals) / step_seconds(base_tokens + admitted)
 
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 
 MIN_GAIN = 0.01  # predicted relative gain below which a longer plan is noise
 StepSeconds = Callable[[int], float]
@@ -22,17 +20,14 @@ StepSeconds = Callable[[int], float]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One request that could verify drafts this step: conditional confidences of its chain, in order."""
+    """One request that could verify drafts this step: survival of its nodes in order, none above the one before it."""
 
-    confidence: tuple[float, ...]
-
-    def survival(self) -> list[float]:
-        return list(accumulate(self.confidence, mul))
+    survival: tuple[float, ...]
 
 
 def rank(candidates: Sequence[Candidate]) -> list[tuple[float, int, int]]:
     """(survival, position, request) of every drafted token, best first; ties by position, then request, never by value."""
-    ranked = [(s, j, r) for r, candidate in enumerate(candidates) for j, s in enumerate(candidate.survival())]
+    ranked = [(s, j, r) for r, candidate in enumerate(candidates) for j, s in enumerate(candidate.survival)]
     return sorted(ranked, key=lambda item: (-item[0], item[1], item[2]))
 
 

@@ -172,12 +172,12 @@ class Scheduler:
     def _plan_adaptive(self, shares: list[Share], base_tokens: int, num_rows: int, left: int) -> None:
         assert self.costs is not None
         step_seconds = self.costs.verify
-        candidates = [Candidate(_confidence(s.sequence)) for s in shares]
+        candidates = [Candidate(s.sequence.survival[: _draft_len(s.sequence)]) for s in shares]
         lengths = schedule(candidates, base_tokens, num_rows, step_seconds, left, all(_cannot_be_biased(s.sequence) for s in shares))
         expected = float(num_rows)
         for share, candidate, length in zip(shares, candidates, lengths, strict=True):
             share.num_draft = length
-            expected += sum(candidate.survival()[:length])
+            expected += sum(candidate.survival[:length])
         drafting = self.costs.step_seconds(base_tokens + sum(lengths), len(shares))
         self.gate.observe(expected / drafting * step_seconds(base_tokens) / num_rows)
 
@@ -188,11 +188,6 @@ def _draft_len(sequence: Sequence) -> int:
     if draft is None or draft.base_len != sequence.num_known:
         return 0
     return min(len(draft.tokens), sequence.drafts_wanted)
-
-
-def _confidence(sequence: Sequence) -> tuple[float, ...]:
-    assert sequence.draft is not None
-    return sequence.draft.confidence[: _draft_len(sequence)]
 
 
 def _cannot_be_biased(sequence: Sequence) -> bool:

@@ -27,6 +27,7 @@ class Sequence:
     admitted: bool = False  # it has run before (a later admission is a resume)
     drafts_wanted: int = 0  # what the drafter was asked for after the last step
     draft: DraftTree | None = None
+    survival: tuple[float, ...] = ()  # of the draft's nodes: never above that of the node before
     text: TextStream | None = None  # only for requests with stop strings
     num_taught: int = 0  # known tokens that the drafter has been told
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)

@@ -53,12 +53,14 @@ class Speculation:
 
     @staticmethod
     def parse(text: str) -> Speculation:
-        """Read ``off`` (or ``plain``), ``static:K``, ``adaptive[:K]``, ``shadow[:K]`` or ``tree[:NODES]``; ValueError otherwise."""
+        """Read ``off`` (or ``plain``), ``static:K``, ``adaptive[:K]``, ``shadow[:K]`` or ``tree[:NODES[:K]]``; ValueError otherwise."""
         name, _, length = text.partition(":")
+        nodes = 0
         if name == "tree":
-            if length and not 0 < int(length) <= MAX_TREE_NODES:
+            first, _, length = length.partition(":")
+            name, nodes = Mode.ADAPTIVE, int(first) if first else DEFAULT_TREE_NODES
+            if not 0 < nodes <= MAX_TREE_NODES:
                 raise ValueError(f"speculation {text!r}: a tree has from 1 to {MAX_TREE_NODES} nodes")
-            return Speculation(tree_nodes=int(length) if length else DEFAULT_TREE_NODES)
         mode = Mode.OFF if name == "plain" else Mode(name)
         if mode is Mode.OFF and length:
             raise ValueError(f"speculation {text!r}: off takes no length")
@@ -66,12 +68,11 @@ class Speculation:
             raise ValueError(f"speculation {text!r}: static needs a length, for example static:3")
         if length and not 0 < int(length) <= 64:
             raise ValueError(f"speculation {text!r}: the length must be from 1 to 64")
-        return Speculation(mode, int(length) if length else None)
+        return Speculation(mode, int(length) if length else None, nodes)
 
     def __str__(self) -> str:
-        if self.tree_nodes:
-            return f"tree:{self.tree_nodes}"
-        return f"{self.mode}:{self.draft_len}" if self.draft_len else str(self.mode)
+        name = f"tree:{self.tree_nodes}" if self.tree_nodes else str(self.mode)
+        return f"{name}:{self.draft_len}" if self.draft_len else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,10 @@ class Request:
     latency_budget: LatencyBudget = field(default_factory=LatencyBudget)
     speculation: Speculation | None = None
     priority: int = 0
-    service_class: str = ""  # the class whose latency budget it has, for metrics; empty: none
     cache_salt: str = ""
     noise_seed: int = field(default_factory=lambda: secrets.randbits(63))
     num_prompt_tokens: int = 0
+    service_class: str = ""  # the class that its latency budget comes from, for metrics; empty: none
 
     def __post_init__(self) -> None:
         if self.sampling.seed is not None:

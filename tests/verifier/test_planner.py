@@ -89,9 +89,9 @@ def test_ties_go_by_position_then_request(can_look_ahead: bool) -> None:
 def test_limits_and_empty_drafts() -> None:
     flat = COSTS["flat"]
     assert schedule([], 1, 1, flat, 10, False) == []
-    assert schedule([Candidate(()), Candidate((0.9, 0.9))], 2, 2, flat, 1, False) == [0, 1]
-    assert schedule([Candidate((0.9, 0.9))], 1, 1, flat, 0, False) == [0]
-    assert schedule([Candidate((0.0, 0.9))], 1, 1, flat, 5, False) == [0]
+    assert schedule([Candidate(()), chain(0.9, 0.9)], 2, 2, flat, 1, False) == [0, 1]
+    assert schedule([chain(0.9, 0.9)], 1, 1, flat, 0, False) == [0]
+    assert schedule([chain(0.0, 0.9)], 1, 1, flat, 5, False) == [0]
 
 
 def test_plain_decoding_is_a_normal_answer() -> None:

@@ -45,7 +45,21 @@ def through(request: Request) -> Request:
 
 def test_requests_survive() -> None:
     plain = Request("a", (1, 2, 3))
-    full = Request("b", (1, 2, 3, 2**31 - 1), FULL, LatencyBudget(100.5, 9.0), Speculation(Mode.STATIC, 3), -2, "salt", num_prompt_tokens=2)
+    full = Request(
+        "b",
+        (1, 2, 3, 2**31 - 1),
+        FULL,
+        LatencyBudget(100.5, 9.0),
+        Speculation(Mode.STATIC, 3),
+        -2,
+        "salt",
+        num_prompt_tokens=2,
+        service_class="chat",
+    )
+    for text in ("tree:9", "tree:9:4", "shadow", "adaptive:4"):
+        request = Request("c", (1,), speculation=Speculation.parse(text))
+        assert str(request.speculation) == text
+        assert through(request) == request
     for request in (plain, full):
         assert through(request) == request
     assert {field.name for field in dataclasses.fields(SamplingParams)} - {"n"} == {field.name for field in pb.Sampling.DESCRIPTOR.fields}

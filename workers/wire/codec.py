@@ -23,6 +23,7 @@ MAX_UP_BYTES: Final = 16 * 2**20  # one Submit: a million tokens of five bytes, 
 MAX_DOWN_BYTES: Final = 64 * 2**20  # prompt log-probabilities of a long prompt with 20 alternatives each
 MAX_ID_CHARS: Final = 128
 MAX_SALT_CHARS: Final = 256
+MAX_CLASS_CHARS = 64
 MAX_PROMPT_TOKENS: Final = 2**20
 MAX_CANCELS: Final = 4096
 MAX_DIGEST: Final = 65536
@@ -73,6 +74,7 @@ def request_to_wire(request: Request) -> pb.Request:
         priority=request.priority,
         cache_salt=request.cache_salt,
         noise_seed=request.noise_seed,
+        service_class=request.service_class,
     )
 
 
@@ -88,6 +90,8 @@ def request_from_wire(message: pb.Request) -> Request:
         raise BadRequest(f"num_prompt_tokens {message.num_prompt_tokens} is not within the {len(tokens)} tokens sent", "prompt")
     if len(message.cache_salt) > MAX_SALT_CHARS:
         raise BadRequest(f"cache_salt has over {MAX_SALT_CHARS} characters", "cache_salt")
+    if len(message.service_class) > MAX_CLASS_CHARS:
+        raise BadRequest(f"service_class has over {MAX_CLASS_CHARS} characters", "service_class")
     return Request(
         id=message.id,
         prompt_token_ids=tokens,
@@ -98,6 +102,7 @@ def request_from_wire(message: pb.Request) -> Request:
         cache_salt=message.cache_salt,
         noise_seed=message.noise_seed,
         num_prompt_tokens=message.num_prompt_tokens,
+        service_class=message.service_class,
     )
 
 

@@ -51,7 +51,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., replica_id: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "prompt_token_ids", "num_prompt_tokens", "sampling", "ttft_ms", "tpot_ms", "speculation", "priority", "cache_salt", "noise_seed")
+    __slots__ = ("id", "prompt_token_ids", "num_prompt_tokens", "sampling", "ttft_ms", "tpot_ms", "speculation", "priority", "cache_salt", "noise_seed", "service_class")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class Request(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NOISE_SEED_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
@@ -72,7 +73,8 @@ class Request(_message.Message):
     priority: int
     cache_salt: str
     noise_seed: int
-    def __init__(self, id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., speculation: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., noise_seed: _Optional[int] = ...) -> None: ...
+    service_class: str
+    def __init__(self, id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., speculation: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., noise_seed: _Optional[int] = ..., service_class: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "max_tokens", "ignore_eos", "logprobs", "prompt_logprobs", "acceptance", "skip_special_tokens", "include_stop_str_in_output")

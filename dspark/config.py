@@ -33,7 +33,11 @@ class EngineConfig(BaseModel):
     max_batch_tokens: int = Field(default=512, ge=16, le=65536, description="tokens of one step, drafted ones included")
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
     draft_law_width: int = Field(default=64, ge=1, description="support of the draft law under the ratio rule")
+    driver: Literal["auto", "plain", "overlapped"] = Field(
+        default="auto", description="overlapped does host work of a step under the next forward; auto is plain on a CPU"
+    )
     profile: bool = Field(default=True, description="measure the step-cost table at start; without it adaptive never trims")
+    profile_cache: bool = Field(default=True, description="keep the step-cost table in the cache folder and use it at the next start")
     threads: int | None = Field(default=None, ge=1, description="CPU threads for tensor work; None: torch's default")
 
     @field_validator("speculation", mode="before")

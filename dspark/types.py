@@ -198,7 +198,8 @@ class DraftTree:
 class PlanRow:
     """One request's share of a step: ``num_known`` known tokens from position ``start``, then ``num_draft`` drafted ones.
 
-    The row yields tokens if and only if it computes the anchor (``samples``); drafts follow an anchor only.
+    The row yields tokens if and only if it computes the anchor (``samples``); drafts follow an anchor only. At most
+    ``num_commit`` of them may be committed: in shadow mode as many as adaptive verification would have taken.
     """
 
     request_id: str
@@ -206,6 +207,7 @@ class PlanRow:
     num_known: int
     num_draft: int
     samples: bool
+    num_commit: int = 0
 
     @property
     def num_tokens(self) -> int:

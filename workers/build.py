@@ -24,9 +24,14 @@ from dspark.workers.drafter.none import NoDrafter
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.self_check import SUSPICIOUS, acceptance_on_builtin_text
 from dspark.workers.verifier.blocks import BLOCK_SIZE, BlockPool
+from dspark.workers.verifier.cost_cache import device_name, fingerprint
+from dspark.workers.verifier.cost_cache import load as load_costs
+from dspark.workers.verifier.cost_cache import save as save_costs
+from dspark.workers.verifier.costs import CostTable
 from dspark.workers.verifier.engine import Engine, EngineOptions
 from dspark.workers.verifier.fused import fuse
-from dspark.workers.verifier.profile import measure_costs
+from dspark.workers.verifier.profile import describe as describe_costs
+from dspark.workers.verifier.profile import measure_costs, still_holds
 from dspark.workers.verifier.scheduler import Limits
 from dspark.workers.verifier.targets import Target, as_target, check_faithful, check_model_folder, load_model, load_tokenizer, own_logits
 
@@ -69,23 +74,24 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
     max_model_len = _max_model_len(config, target, kv_tokens)
     pool = BlockPool(kv_tokens // BLOCK_SIZE)
     drafter, drafter_name = _drafter(config, target, pool)
+    driver = ("overlapped" if target.device.type == "cuda" else "plain") if config.driver == "auto" else config.driver
     options = EngineOptions(
         max_model_len=max_model_len,
         limits=Limits(config.max_num_seqs, max(config.max_batch_tokens, config.max_num_seqs), config.prefix_cache),
         max_queued=config.max_queued,
         speculation=Speculation.parse(config.speculation),
+        overlapped=driver == "overlapped",
     )
     engine = Engine(target, pool, drafter, options, tokenizer)
     _check_drafter(engine, tokenizer, drafter_name, progress)
-    speculates = options.speculation.mode is Mode.ADAPTIVE and drafter.block_size > 0
-    if speculates and config.profile:
-        progress("measuring step costs")
-        engine.set_costs(measure_costs(engine, progress))
-    elif speculates:
+    if config.profile:
+        engine.set_costs(_costs(engine, config, drafter_name, progress))
+    elif drafter.block_size and options.speculation.mode in (Mode.ADAPTIVE, Mode.SHADOW):
         progress("WARNING: no step-cost table (profile: false): adaptive speculation verifies every drafted token")
     effective = config.model_copy(
         update={
             "drafter": drafter_name,
+            "driver": driver,
             "dtype": str(target.dtype).removeprefix("torch."),
             "device": str(target.device),
             "max_model_len": max_model_len,
@@ -95,6 +101,35 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
         }
     )
     return Loaded(engine, tokenizer, Path(target.name).name, effective, _describe(engine, effective))
+
+
+def _costs(engine: Engine, config: EngineConfig, drafter_name: str, progress: Progress) -> CostTable:
+    """The step-cost table: from an earlier start if that had the same fingerprint and still holds, otherwise measured."""
+    target, drafter = engine.target, engine.drafter
+    facts = {
+        "model": target.model.config.to_json_string(),
+        "fused": type(target.decoder_layers()[0]).__name__,
+        "dtype": str(target.dtype),
+        "device": device_name(target.device),
+        "threads": torch.get_num_threads(),
+        "drafter": [Path(drafter_name).name, drafter.block_size, getattr(getattr(drafter, "module", None), "config", None)],
+        "limits": [engine.options.limits.max_num_seqs, engine.options.limits.max_batch_tokens, config.draft_law_width],
+    }
+    folder, name = default_cache() / "costs", fingerprint(facts)
+    table = load_costs(folder, name) if config.profile_cache else None
+    if table is not None and still_holds(engine, table):
+        for line in describe_costs(table):
+            progress(line)
+        progress("(measured at an earlier start)")
+        return table
+    progress("measuring step costs")
+    table = measure_costs(engine, progress)
+    if config.profile_cache:
+        try:
+            save_costs(folder, name, table)
+        except OSError as error:
+            progress(f"the step costs cannot be kept for the next start: {error}")
+    return table
 
 
 def _describe(engine: Engine, config: EngineConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ replica answers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -41,6 +42,7 @@ _TWINS: Final = {
     "dspark_draft_tokens": "vllm:spec_decode_num_draft_tokens",
     "dspark_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
 }
+_LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _OF_ROUTER: Final = {"generation_tokens_total"}  # counted here per request, by the engine per replica: one of them is enough
 
 
@@ -132,12 +134,19 @@ def engine_families(statuses: Iterable[Status], model_name: str) -> list[Family]
         for key, value in values.items():
             if key in _OF_ROUTER:
                 continue
+            key, own_labels = _split_labels(key)
             is_counter = key.endswith("_total")
             name = "dspark_" + key.removesuffix("_total")
             family = families.setdefault(name, (name, "counter" if is_counter else "gauge", f"{key} of each verifier.", []))
-            labels = {"model_name": model_name, "replica": status.view.id}
+            labels = {"model_name": model_name, "replica": status.view.id} | own_labels
             family[3].append((name + "_total" if is_counter else name, labels, value))
     return list(families.values())
+
+
+def _split_labels(key: str) -> tuple[str, dict[str, str]]:
+    """The name and the labels of a statistic: ``rounds_total{drafts="3"}`` has one."""
+    name, _, rest = key.partition("{")
+    return name, dict(_LABEL.findall(rest))
 
 
 def merged(parts: Iterable[Iterable[Family]]) -> list[Family]:

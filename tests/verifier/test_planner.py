@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
-from dspark.workers.verifier.costs import CostTable, Curve
-from dspark.workers.verifier.planner import MIN_GAIN, Candidate, DraftGate, schedule
+from dspark.workers.verifier.costs import CostTable, Curve, Floats
+from dspark.workers.verifier.planner import MIN_GAIN, Pace, best_count, count_within, early_stop, pack, rank
 
 PAPER_SPS = {1: 1.0, 2: 0.5, 3: 0.45}
-COSTS = {
+COSTS: dict[str, Callable[[int], float]] = {
     "flat": lambda b: 1.0,
     "linear": lambda b: float(b),
     "affine": lambda b: 4.0 + b,
@@ -18,27 +20,36 @@ COSTS = {
     "jump then flat": lambda b: 1.0 if b <= 2 else 1.6,
 }
 VALUES = (0.2, 0.5, 0.9)
+Chains = tuple[tuple[float, ...], ...]
 
 
-def chain(*confidence: float) -> Candidate:
-    """A chain with these conditional confidences."""
-    return Candidate(tuple(itertools.accumulate(confidence, lambda a, b: a * b)))
+def survival_of(confidence: Chains) -> Floats:
+    """Survival of chains with these conditional confidences."""
+    return pack([tuple(itertools.accumulate(c, lambda a, b: a * b)) for c in confidence])
 
 
-def plan(confidence: tuple[tuple[float, ...], ...], cost: str, can_look_ahead: bool) -> list[int]:
+def seconds_of(cost: Callable[[int], float], base: int, most: int) -> Floats:
+    return np.array([cost(base + k) for k in range(most + 1)])
+
+
+def plan(confidence: Chains, cost: str, can_look_ahead: bool, most: int = 100) -> list[int]:
     rows = len(confidence)
-    return schedule([chain(*c) for c in confidence], rows, rows, COSTS[cost], 100, can_look_ahead)
+    survival = survival_of(confidence)
+    seconds = seconds_of(COSTS[cost], rows, min(most, survival.size))
+    ranking = rank(survival)
+    count = best_count(ranking, rows, seconds) if can_look_ahead else early_stop(ranking, rows, seconds)
+    lengths: list[int] = ranking.lengths(count).tolist()
+    return lengths
 
 
-def output_law(can_look_ahead: bool) -> list[float]:
-    """Exact law of the first token in the paper's appendix A, under the ratio rule."""
+def output_law(choose: Callable[[tuple[float, float]], int]) -> list[float]:
+    """Exact law of the first token in the paper's appendix A, under the ratio rule; ``choose`` gives the verified length."""
     target, draft = (0.7, 0.3), (0.5, 0.5)
     law = [0.0, 0.0]
     residual = [max(0.0, t - d) for t, d in zip(target, draft, strict=True)]
     residual = [r / sum(residual) for r in residual]
     for token, second in ((0, 0.9), (1, 0.0)):
-        length = schedule([chain(0.8, second)], 1, 1, lambda b: 1 / PAPER_SPS[b], 100, can_look_ahead)[0]
-        if length == 0:
+        if choose((0.8, second)) == 0:
             for i in (0, 1):
                 law[i] += draft[token] * target[i]
             continue
@@ -49,9 +60,40 @@ def output_law(can_look_ahead: bool) -> list[float]:
     return law
 
 
+def paper_seconds() -> Floats:
+    return np.array([1 / PAPER_SPS[b] for b in (1, 2, 3)])
+
+
 def test_the_papers_counterexample() -> None:
-    assert output_law(can_look_ahead=False) == pytest.approx([0.7, 0.3])
-    assert output_law(can_look_ahead=True) == pytest.approx([0.85, 0.15]), "the bias that the early stop is there for"
+    def stops_early(confidence: tuple[float, float]) -> int:
+        return early_stop(rank(survival_of((confidence,))), 1, paper_seconds())
+
+    def looks_ahead(confidence: tuple[float, float]) -> int:
+        return best_count(rank(survival_of((confidence,))), 1, paper_seconds())
+
+    assert output_law(stops_early) == pytest.approx([0.7, 0.3])
+    assert output_law(looks_ahead) == pytest.approx([0.85, 0.15]), "the bias that the early stop is there for"
+
+
+def test_a_budget_from_old_confidences_biases_nothing() -> None:
+    """Rule of section 5.2: how many from an earlier step, which from this one. Whatever the old step was, the law is the target's."""
+    for old in itertools.product((0.0, 0.3, 0.8, 1.0), repeat=2):
+        budget = best_count(rank(survival_of((old,))), 1, paper_seconds())
+
+        def old_budget(confidence: tuple[float, float], budget: int = budget) -> int:
+            return int(rank(survival_of((confidence,))).lengths(budget)[0])
+
+        assert output_law(old_budget) == pytest.approx([0.7, 0.3])
+
+
+def test_under_an_old_budget_admission_never_depends_on_later_tokens() -> None:
+    """2 requests x 2 positions x 3 values, every budget: whether a token is admitted does not change with confidences behind it."""
+    for budget in range(5):
+        for a1, b1, b2 in itertools.product(VALUES, repeat=3):
+            for swap in (False, True):
+                chains = [((a1, a2), (b1, b2)) for a2 in VALUES]
+                firsts = {int(rank(survival_of(c[::-1] if swap else c)).lengths(budget)[int(swap)]) >= 1 for c in chains}
+                assert len(firsts) == 1
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -62,6 +104,22 @@ def test_no_admission_depends_on_the_token_itself(cost: str) -> None:
         assert len(firsts) == 1
         others = {plan(((b1, b2), (a1, a2)), cost, False)[1] >= 1 for a2 in VALUES}
         assert len(others) == 1
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_stopping_early_is_algorithm_1(cost: str) -> None:
+    """Against the loop of the paper, written out."""
+    for a1, a2, b1, b2 in itertools.product(VALUES, repeat=4):
+        survival = survival_of(((a1, a2), (b1, b2)))
+        order = sorted((-survival[r, j], j, r) for r in (0, 1) for j in (0, 1))
+        lengths, expected, tokens = [0, 0], 2.0, 2
+        for negative, _, request in order:
+            here, there = COSTS[cost](tokens), COSTS[cost](tokens + 1)
+            if -negative < (1 + MIN_GAIN) * expected / here * (there - here):
+                break
+            lengths[request] += 1
+            expected, tokens = expected - negative, tokens + 1
+        assert plan(((a1, a2), (b1, b2)), cost, False) == lengths
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -79,24 +137,48 @@ def test_looking_ahead_finds_the_best_of_all_plans(cost: str) -> None:
         assert theta(*lengths) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("can_look_ahead", [False, True])
-def test_ties_go_by_position_then_request(can_look_ahead: bool) -> None:
-    costs = {2: 1.0, 3: 1.0, 4: 100.0, 5: 100.0, 6: 100.0}
-    candidates = [chain(0.5, 1.0), chain(0.5, 1.0)]
-    assert schedule(candidates, 2, 2, lambda b: costs[b], 100, can_look_ahead) == [1, 0]
+def test_ties_go_by_position_then_request() -> None:
+    ranking = rank(survival_of(((0.5, 1.0), (0.5, 1.0), (1.0,))))
+    assert [ranking.lengths(count).tolist() for count in range(6)] == [
+        [0, 0, 0],
+        [0, 0, 1],
+        [1, 0, 1],
+        [1, 1, 1],
+        [2, 1, 1],
+        [2, 2, 1],
+    ]
 
 
 def test_limits_and_empty_drafts() -> None:
-    flat = COSTS["flat"]
-    assert schedule([], 1, 1, flat, 10, False) == []
-    assert schedule([Candidate(()), chain(0.9, 0.9)], 2, 2, flat, 1, False) == [0, 1]
-    assert schedule([chain(0.9, 0.9)], 1, 1, flat, 0, False) == [0]
-    assert schedule([chain(0.0, 0.9)], 1, 1, flat, 5, False) == [0]
+    assert plan(((), (0.9, 0.9)), "flat", False, most=1) == [0, 1]
+    assert plan(((0.9, 0.9),), "flat", False, most=0) == [0]
+    assert plan(((0.0, 0.9),), "flat", False) == [0]
+    assert plan(((), ()), "flat", True) == [0, 0]
+    assert rank(pack([])).lengths(0).tolist() == []
 
 
 def test_plain_decoding_is_a_normal_answer() -> None:
     for can_look_ahead in (False, True):
         assert plan(((0.9, 0.9), (0.9, 0.9)), "linear", can_look_ahead) == [0, 0]
+
+
+def test_latency_budgets_choose_among_counts() -> None:
+    """2 requests x 2 positions against the rule written out: the best theta that keeps both paces, else the least overshoot."""
+    seconds = seconds_of(COSTS["affine"], 2, 4)
+    for a1, a2, b1, b2 in itertools.product(VALUES, repeat=4):
+        survival = survival_of(((a1, a2), (b1, b2)))
+        ranking = rank(survival)
+        for allowed, others in itertools.product(itertools.product((1.5, 4.0, np.inf), repeat=2), (3.0, 7.0, np.inf)):
+            overshoot, theta = [], []
+            for count in range(5):
+                lengths = ranking.lengths(count)
+                gains = [1 + survival[r, : lengths[r]].sum() for r in (0, 1)]
+                overshoot.append(max(*(seconds[count] / g / a for g, a in zip(gains, allowed, strict=True)), seconds[count] / others))
+                theta.append(sum(gains) / seconds[count])
+            keeps = [count for count in range(5) if overshoot[count] <= 1]
+            expected = max(keeps, key=lambda c: (round(theta[c], 12), -c)) if keeps else min(range(5), key=lambda c: overshoot[c])
+            found = count_within(ranking, survival, 2, seconds, Pace(np.array(allowed), others), 4)
+            assert found == expected or theta[found] == pytest.approx(theta[expected])
 
 
 def test_curve_is_monotone_and_extrapolates() -> None:
@@ -105,23 +187,14 @@ def test_curve_is_monotone_and_extrapolates() -> None:
     assert [curve(b) for b in (1, 3, 8)] == pytest.approx([0.039, 0.042, 0.045])
     assert Curve.fit([(1, 1.0), (2, 2.0)])(5) == pytest.approx(5.0)
     assert Curve((1,), (0.5,))(9) == 0.5
-    table = CostTable(Curve((1,), (0.5,)), Curve((1,), (0.1,)))
-    assert table.step_seconds(4, 0) == 0.5
-    assert table.step_seconds(4, 2) == pytest.approx(0.6)
+    for each in (curve, Curve.fit([(1, 1.0), (2, 2.0)]), Curve((1,), (0.5,))):
+        assert each.dense(12)[1:] == pytest.approx([each(size) for size in range(1, 13)])
 
 
-def test_gate_closes_on_loss_and_probes_more_and_more_rarely() -> None:
-    gate = DraftGate(smoothing=1.0)
-    assert gate.is_open()
-    gate.observe(0.9)
-    waits = []
-    for _ in range(4):
-        wait = 1
-        while not gate.is_open():
-            wait += 1
-        waits.append(wait)
-        gate.observe(0.9)
-    assert waits == sorted(waits)
-    assert waits[-1] > waits[0]
-    gate.observe(1.2)
-    assert gate.is_open()
+def test_a_table_adds_up_its_terms() -> None:
+    table = CostTable(Curve((1,), (0.5,)), Curve((1,), (0.1,)), 0.001, 0.002, Curve((1,), (0.01,)), 0.0001)
+    assert table.step_seconds(4) == 0.5
+    assert table.step_seconds(4, 100) == pytest.approx(0.6)
+    assert table.draft_seconds(2, 1) == pytest.approx(0.1)
+    assert table.draft_seconds(2, 3, 100) == pytest.approx(0.13)
+    assert table.draft_seconds(0, 3) == table.draft_seconds(3, 0) == 0.0

@@ -19,7 +19,7 @@ def test_costs_are_measured_on_scratch_blocks() -> None:
     assert 0 < costs.draft(4) < 0.1
     assert engine.pool.num_free == 40
     assert engine.pool.num_cached == 0
-    assert len(lines) == 2
+    assert len(lines) == 3
     engine.set_costs(costs)
     run(engine, [greedy_request("a", [3, 4, 5, 3, 4, 5, 3, 4], 30)])
 

@@ -26,6 +26,12 @@ class EngineCounters:
     drafted: int = 0
     accepted: int = 0
     generated: int = 0
+    shadow_accepted: int = 0  # of shadow rounds that were trimmed: what verifying and committing everything would have accepted
+    budget: int = 0  # drafted tokens that plans admitted
+    windows: list[int] = field(default_factory=list)  # [k]: rounds that verified k drafted tokens
+    timed_steps: int = 0
+    step_seconds: float = 0.0  # forward and judge of those steps
+    predicted_seconds: float = 0.0  # what the cost table said of them
     by_rule: dict[AcceptanceRule, RuleCounters] = field(default_factory=lambda: {rule: RuleCounters() for rule in AcceptanceRule})
 
     def count_round(self, drafted: int, accepted: int, generated: int, rule: AcceptanceRule) -> None:
@@ -35,6 +41,8 @@ class EngineCounters:
         self.drafted += drafted
         self.accepted += accepted
         self.generated += generated
+        self.windows += [0] * (drafted + 1 - len(self.windows))
+        self.windows[drafted] += 1
         self.by_rule[rule].drafted += drafted
         self.by_rule[rule].accepted += accepted
 

@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from dspark.errors import BadRequest, Overloaded
-from dspark.types import Drafter, DraftTree, DraftTurn, Finish, Mode, Request, Speculation, StepOutcome, VerifyPlan
+from dspark.types import Drafter, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
+from dspark.workers.verifier.aside import Aside
 from dspark.workers.verifier.blocks import BlockPool
-from dspark.workers.verifier.costs import CostTable
+from dspark.workers.verifier.costs import CostTable, LiveCosts
 from dspark.workers.verifier.counters import EngineCounters
+from dspark.workers.verifier.draft_planner import DraftPlanner
+from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.finish import Cut, cut
 from dspark.workers.verifier.judge import JudgeItem, Verdict, judge, prompt_logprobs
 from dspark.workers.verifier.laws import check_sampling
@@ -36,6 +42,7 @@ class EngineOptions:
     max_queued: int = 256
     speculation: Speculation = field(default_factory=Speculation)
     draft_wait_s: float = 0.05
+    overlapped: bool = False  # host work of a step under the next forward, budgets from confidences two steps old
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +55,58 @@ class Advance:
     count: int
 
 
+@dataclass(slots=True)
+class StepTimes:
+    """When the parts of a step were over, on the engine's clock, and what was drafted in it."""
+
+    begin_s: float
+    drafted_s: float = 0.0
+    judged_s: float = 0.0
+    num_drafting: int = 0
+    depth: int = 0
+
+    @property
+    def draft_s(self) -> float:
+        return self.drafted_s - self.begin_s
+
+    @property
+    def verify_s(self) -> float:
+        return self.judged_s - self.drafted_s
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What a step teaches: its size and times."""
+
+    num_tokens: int
+    num_prefill: int
+    context: int
+    drafting_context: int
+    times: StepTimes
+
+
 class Engine:
     """Serves requests with one target and one drafter; every public call must come from one thread at a time."""
 
-    def __init__(self, target: Target, pool: BlockPool, drafter: Drafter, options: EngineOptions, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        pool: BlockPool,
+        drafter: Drafter,
+        options: EngineOptions,
+        tokenizer: Any = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
         self.target = target
         self.pool = pool
         self.drafter = drafter
         self.options = options
         self.tokenizer = tokenizer
         self.runner = Runner(target, pool, drafter.taps)
-        self.scheduler = Scheduler(pool, options.limits)
+        self.drafts = DraftPlanner(DraftPolicy(drafter.block_size), looks_back=options.overlapped)
+        self.scheduler = Scheduler(pool, options.limits, self.drafts)
+        self.aside = Aside()
         self.survival: SurvivalEstimator = HeadSurvival()
         self.counters = EngineCounters()
         self.sequences: dict[str, Sequence] = {}
@@ -69,7 +117,8 @@ class Engine:
 
     def set_costs(self, costs: CostTable) -> None:
         """Let adaptive speculation trim by this table; without one it verifies every draft."""
-        self.scheduler.costs = costs
+        most = self.options.limits.max_batch_tokens
+        self.drafts.costs = LiveCosts(costs, most)
 
     def add(self, request: Request) -> None:
         """Queue a request; BadRequest names the field, Overloaded when too many wait."""
@@ -77,6 +126,7 @@ class Engine:
         self.check_room(len(self.scheduler.waiting))
         speculation = request.speculation or self.options.speculation
         sequence = Sequence.of(request, speculation, self.options.max_model_len)
+        sequence.arrived_s = self.clock()
         if request.sampling.stop:
             sequence.text = TextStream(self.tokenizer, request.sampling)
             sequence.text.push(sequence.output)
@@ -117,51 +167,85 @@ class Engine:
 
     def step(self) -> list[StepOutcome]:
         """Run one round for everything that is admitted; one outcome for each request that got tokens or ended."""
-        self._collect()
-        plan = self.scheduler.plan()
+        times = StepTimes(self.clock())
+        self.scheduler.choose(times.begin_s)
+        times.num_drafting, times.depth = self._collect()
+        times.drafted_s = self.clock()
+        plan = self.scheduler.plan(times.drafted_s, times.draft_s)
         if not plan.rows:
             return []
         result = self.runner.forward(plan, self.sequences)
         verdicts = self._judge(plan, result)
-        outcomes, advances = self._commit(plan, result, verdicts)
+        times.judged_s = self.clock()
+        record = self._record(plan, times)
+        if self.options.overlapped:
+            self.aside.run(partial(self._learn, record))
+        else:
+            self._learn(record)
+        outcomes, advances = self._commit(plan, result, verdicts, times.judged_s)
         self._propose(advances, result.taps)
         return outcomes
 
-    def _collect(self) -> None:
-        """Attach the drafts that are ready; a stale or missing one is no draft."""
-        want = {s.id: s.drafts_wanted for s in self.scheduler.running if s.drafts_wanted}
+    def _collect(self) -> tuple[int, int]:
+        """Attach the drafts that are ready; a stale or missing one is no draft. Returns how many were asked for, how deep."""
+        want = {s.id: s.drafts_wanted for s in self.scheduler.chosen if s.drafts_wanted}
         drafts: dict[str, DraftTree] = self.drafter.collect(want, self.options.draft_wait_s) if want else {}
-        for sequence in self.scheduler.running:
+        for sequence in self.scheduler.chosen:
             draft = drafts.get(sequence.id)
             is_fresh = draft is not None and draft.base_len == sequence.num_known and draft.is_chain
             sequence.draft = draft if is_fresh else None
             sequence.survival = self.survival.survival(draft) if draft is not None and is_fresh else ()
+        return len(want), max(want.values(), default=0)
 
     def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:
-        items = []
-        for row, first in zip(plan.rows, result.first_row, strict=True):
-            if row.samples:
-                sequence = self.sequences[row.request_id]
-                items.append(
-                    JudgeItem(
-                        request_id=row.request_id,
-                        sampling=sequence.request.sampling,
-                        noise_seed=sequence.request.noise_seed,
-                        prompt=sequence.request.prompt_token_ids[: sequence.num_prompt],
-                        output=sequence.output,
-                        draft=sequence.draft.first(row.num_draft) if sequence.draft is not None and row.num_draft else None,
-                        first_row=first,
-                        stop_ids=self._stop_ids(sequence),
-                    )
-                )
+        rows = [(row, first) for row, first in zip(plan.rows, result.first_row, strict=True) if row.samples]
+        items = [self._item(row, first, row.num_commit) for row, first in rows]
         verdicts = judge(result.logits, items) if items else []
+        if whole := [self._item(row, first, row.num_draft) for row, first in rows if row.num_commit < row.num_draft]:
+            self.counters.shadow_accepted += sum(verdict.accepted for verdict in judge(result.logits, whole))
         return {item.request_id: verdict for item, verdict in zip(items, verdicts, strict=True)}
+
+    def _item(self, row: PlanRow, first_row: int, num_draft: int) -> JudgeItem:
+        """What the judge needs of a row whose first ``num_draft`` drafts may stand."""
+        sequence = self.sequences[row.request_id]
+        return JudgeItem(
+            request_id=row.request_id,
+            sampling=sequence.request.sampling,
+            noise_seed=sequence.request.noise_seed,
+            prompt=sequence.request.prompt_token_ids[: sequence.num_prompt],
+            output=sequence.output,
+            draft=sequence.draft.first(num_draft) if sequence.draft is not None and num_draft else None,
+            first_row=first_row,
+            stop_ids=self._stop_ids(sequence),
+        )
+
+    def _record(self, plan: VerifyPlan, times: StepTimes) -> StepRecord:
+        prefill = sum(row.num_known for row in plan.rows if row.num_known > 1)
+        context = sum(row.start + row.num_known for row in plan.rows)
+        drafting = sum(s.num_computed for s in self.scheduler.chosen if s.drafts_wanted)
+        return StepRecord(plan.num_tokens, prefill, context, drafting, times)
+
+    def _learn(self, record: StepRecord) -> None:
+        """Correct the cost table by a step that is over."""
+        costs, times = self.drafts.costs, record.times
+        if costs is None:
+            return
+        predicted_s = costs.table.step_seconds(record.num_tokens - record.num_prefill, record.context)
+        self.counters.timed_steps += 1
+        self.counters.step_seconds += times.verify_s
+        self.counters.predicted_seconds += predicted_s + costs.table.prefill_s * record.num_prefill
+        if not record.num_prefill:
+            costs.observe_verify(record.num_tokens, record.context, times.verify_s)
+        if times.num_drafting:
+            costs.observe_draft(times.num_drafting, times.depth, record.drafting_context, times.draft_s)
 
     def _stop_ids(self, sequence: Sequence) -> tuple[int, ...]:
         sampling = sequence.request.sampling
         return (() if sampling.ignore_eos else self.target.eos_ids) + sampling.stop_token_ids
 
-    def _commit(self, plan: VerifyPlan, result: StepResult, verdicts: dict[str, Verdict]) -> tuple[list[StepOutcome], list[Advance]]:
+    def _commit(
+        self, plan: VerifyPlan, result: StepResult, verdicts: dict[str, Verdict], now_s: float
+    ) -> tuple[list[StepOutcome], list[Advance]]:
         """Commit every row; returns the outcomes, and what the rows of requests that go on leave for the drafter."""
         outcomes: list[StepOutcome] = []
         advances: list[Advance] = []
@@ -169,13 +253,14 @@ class Engine:
         flat = 0
         self.counters.steps += 1
         self.counters.step_tokens += plan.num_tokens
+        self.counters.budget += self.drafts.budget
         for index, row in enumerate(plan.rows):
             sequence = self.sequences[row.request_id]
             self._score_prompt(sequence, row.start, result, index)
             verdict = verdicts.get(row.request_id)
             kept = row.num_known + (verdict.accepted if verdict else 0)
             if verdict is not None:
-                outcome = self._commit_tokens(sequence, verdict, row.num_draft)
+                outcome = self._commit_tokens(sequence, verdict, row.num_commit, now_s)
                 outcomes.append(outcome)
                 if outcome.finish is not None:
                     ended.append(sequence)
@@ -186,11 +271,11 @@ class Engine:
         self._forget(ended)
         return outcomes, advances
 
-    def _commit_tokens(self, sequence: Sequence, verdict: Verdict, num_draft: int) -> StepOutcome:
+    def _commit_tokens(self, sequence: Sequence, verdict: Verdict, num_draft: int, now_s: float) -> StepOutcome:
         """Append a verdict's tokens as far as the request still runs."""
         done: Cut = cut(sequence, verdict.tokens, self.target.eos_ids)
         is_first = not sequence.output
-        sequence.append(done.tokens)
+        sequence.append(done.tokens, now_s)
         self.counters.count_round(num_draft, verdict.accepted, len(done.tokens), sequence.request.sampling.rule)
         return StepOutcome(
             request_id=sequence.id,
@@ -224,13 +309,11 @@ class Engine:
         if taps is not None and advances:
             rows = [i for a in advances for i in range(a.flat, a.flat + a.count)]
             features = list(self.drafter.project(taps[rows]).split([a.count for a in advances]))
-        may_draft = self.scheduler.gate.is_open()
+        depth = self.drafts.depth(self.scheduler.running)
         turns = []
         for advance, feature in zip(advances, features, strict=True):
             sequence = advance.sequence
-            is_ready = sequence.num_pending == 1
-            skips = not may_draft and sequence.speculation.mode is Mode.ADAPTIVE
-            sequence.drafts_wanted = sequence.max_draft(self.drafter.block_size) if is_ready and not skips else 0
+            sequence.drafts_wanted = self._num_wanted(sequence, depth) if sequence.num_pending == 1 else 0
             turns.append(
                 DraftTurn(
                     request_id=sequence.id,
@@ -245,6 +328,13 @@ class Engine:
             )
             sequence.num_taught = sequence.num_known
         self.drafter.propose(turns)
+
+    def _num_wanted(self, sequence: Sequence, depth: int) -> int:
+        """How many drafted tokens to ask for; ``depth`` is the policy's answer for adaptive verification."""
+        most = sequence.max_draft(self.drafter.block_size)
+        if sequence.speculation.mode is not Mode.ADAPTIVE:
+            return most
+        return min(most, depth) if most and depth and sequence.rest.is_due() else 0
 
     def _forget(self, ended: Seq[Sequence]) -> None:
         for sequence in ended:

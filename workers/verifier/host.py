@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from dspark.errors import BadRequest, DSparkError, WorkerLost
 from dspark.types import Finish, ReplicaView, Request, StepOutcome
@@ -76,7 +77,7 @@ class EngineHost:
         """What a router may know of this replica now."""
         engine = self.engine
         waiting = list(engine.scheduler.waiting)
-        costs = engine.scheduler.costs
+        costs = engine.drafts.costs
         return ReplicaView(
             id=replica_id,
             address=address,
@@ -88,7 +89,7 @@ class EngineHost:
             num_blocks=engine.pool.num_blocks,
             draining=self._draining or self._closing,
             tokens_per_round=engine.counters.tokens_per_round,
-            step_costs=() if costs is None else tuple(zip(costs.verify.sizes, costs.verify.seconds, strict=True)),
+            step_costs=() if costs is None else tuple(zip(costs.table.verify.sizes, costs.table.verify.seconds, strict=True)),
         )
 
     def stats(self) -> dict[str, float]:
@@ -111,6 +112,13 @@ class EngineHost:
             "draft_tokens_total": counters.drafted,
             "accepted_tokens_total": counters.accepted,
             "generation_tokens_total": counters.generated,
+            "shadow_accepted_tokens_total": counters.shadow_accepted,
+            "draft_budget_tokens_total": counters.budget,
+            "left_out_rows_total": scheduler.counters.left_out,
+            "timed_steps_total": counters.timed_steps,
+            "step_seconds_total": counters.step_seconds,
+            "predicted_seconds_total": counters.predicted_seconds,
+            **{f'verified_window_total{{drafts="{k}"}}': count for k, count in enumerate(counters.windows)},
         }
 
     def drain(self, timeout_s: float) -> bool:
@@ -141,8 +149,13 @@ class EngineHost:
     def _run(self) -> None:
         try:
             while self._take_inbox():
-                self._deliver(self.engine.step())
+                outcomes = self.engine.step()
+                if self.engine.options.overlapped:
+                    self.engine.aside.run(partial(self._deliver, outcomes))
+                else:
+                    self._deliver(outcomes)
                 self._last_progress = time.monotonic()
+            self.engine.aside.close()
             self._end_all(Finish.ABORT, None)
         except BaseException as failure:
             log.exception("the engine failed; all its requests end")

@@ -1,107 +1,142 @@
-"""Which drafted tokens to verify: the hardware-aware prefix scheduler (DSpark section 3.2, Algorithm 1).
+"""Which drafted tokens to verify: the hardware-aware prefix scheduler (DSpark section 3.2).
 
-Pure functions of survival probabilities (``survival.py``) and a cost table. Tokens are admitted in order of survival while
-they raise the expected throughput
+Pure functions of survival probabilities (``survival.py``) and step costs::
 
-    theta = (rows + sum of admitted survivals) / step_seconds(base_tokens + admitted)
+    survival   [R, n]   of R requests' nodes in order, never rising along a row; 0 where there is none
+    seconds    [k + 1]  of a step that verifies 0 .. k drafted tokens
+    theta      (rows + sum of admitted survivals) / seconds[admitted]: expected tokens a second
 
-Stopping at the first token that does not raise theta keeps the ratio rule lossless: the admission of a token then never
-depends on the token itself (through the confidence of its successors). See ``can_look_ahead`` for when that cannot matter.
+Tokens are admitted in order of survival; what has to be found is how many. Three ways, each lossless where it is used:
+
+* ``early_stop`` (Algorithm 1): up to the first token that does not raise theta. The admission of a token then never depends
+  on the token itself through the confidence of its successors.
+* ``best_count`` over the fresh ranking: the best of the whole curve, for steps whose texts no schedule can bias (greedy and
+  coupled requests, and drafts that are a function of the history alone: docs/adr/003).
+* ``best_count`` over a ranking that is two steps old gives a budget for the fresh ranking (section 5.2): old data for how
+  many, fresh data for which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.workers.verifier.costs import Floats
+
 MIN_GAIN = 0.01  # predicted relative gain below which a longer plan is noise
-StepSeconds = Callable[[int], float]
+LEVELS = float(2**42)  # survival is compared in steps of 2^-42, so that a value and its place fit one sortable integer
+PLACE_BITS = 20
+MAX_NODES = 1 << PLACE_BITS
+GRID = 24  # admitted counts that are looked at to keep latency budgets
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """One request that could verify drafts this step: survival of its nodes in order, none above the one before it."""
+class Ranking:
+    """Drafted tokens best first: ``survival`` [N]; ties go by position, then request, never by value.
 
-    survival: tuple[float, ...]
-
-
-def rank(candidates: Sequence[Candidate]) -> list[tuple[float, int, int]]:
-    """(survival, position, request) of every drafted token, best first; ties by position, then request, never by value."""
-    ranked = [(s, j, r) for r, candidate in enumerate(candidates) for j, s in enumerate(candidate.survival)]
-    return sorted(ranked, key=lambda item: (-item[0], item[1], item[2]))
-
-
-def schedule(
-    candidates: Sequence[Candidate],
-    base_tokens: int,
-    num_rows: int,
-    step_seconds: StepSeconds,
-    max_extra: int,
-    can_look_ahead: bool,
-) -> list[int]:
-    """How many drafted tokens of each candidate to verify.
-
-    ``base_tokens``: tokens of the step without drafts; ``num_rows``: rows that yield a token anyway (all of them count in
-    theta); ``max_extra``: most drafted tokens that fit. ``can_look_ahead`` allows the best prefix of the whole ranking
-    instead of the first stop; only for requests whose text no schedule can bias (greedy, coupled, or drafts that are a
-    function of the history alone).
-    """
-    lengths = [0] * len(candidates)
-    ranked = rank(candidates)[:max_extra]
-    best = _best_count(ranked, base_tokens, num_rows, step_seconds, can_look_ahead)
-    for _, position, request in ranked[:best]:
-        lengths[request] = max(lengths[request], position + 1)
-    return lengths
-
-
-def _best_count(
-    ranked: Sequence[tuple[float, int, int]], base_tokens: int, num_rows: int, step_seconds: StepSeconds, can_look_ahead: bool
-) -> int:
-    seconds = step_seconds(base_tokens)
-    plain = num_rows / seconds
-    theta, count, expected = plain, 0, float(num_rows)
-    for i, (survival, _, _) in enumerate(ranked, start=1):
-        longer = step_seconds(base_tokens + i)
-        expected += survival
-        value = expected / longer
-        if can_look_ahead:
-            if value > theta:
-                theta, count = value, i
-        # the margin is asked of every token by itself: a margin on the sum would let c_2 decide about x_1
-        elif survival > 0 and survival >= (1 + MIN_GAIN) * theta * (longer - seconds):
-            theta, count, seconds = value, i, longer
-        else:
-            break
-    return count if theta >= plain * (1 + MIN_GAIN) or not can_look_ahead else 0
-
-
-class DraftGate:
-    """Decides whether drafting pays at all, from the predicted gain of recent steps; closed means plain decoding.
-
-    While closed it opens for one step now and then (at most every ``MAX_PAUSE`` steps) to see whether that changed.
+    ``place`` [N] is position * num_requests + request.
     """
 
-    MAX_PAUSE = 64
+    survival: Floats
+    place: NDArray[np.int64]
+    num_requests: int
 
-    def __init__(self, smoothing: float = 0.2) -> None:
-        self._smoothing = smoothing
-        self._gain = 1.0 + MIN_GAIN
-        self._pause = 1
-        self._closed_for = 0
+    def lengths(self, count: int) -> NDArray[np.int64]:
+        """How many nodes of each request [R] are among the best ``count``: always the first ones of its list."""
+        return np.bincount(self.place[:count] % self.num_requests, minlength=self.num_requests)
 
-    def observe(self, gain: float) -> None:
-        """Take in a step's predicted gain: theta with drafting (its cost included) over plain theta."""
-        was_open = self._gain >= 1.0
-        self._gain += self._smoothing * (gain - self._gain)
-        if self._gain >= 1.0:
-            self._pause = 1
-        elif not was_open:
-            self._pause = min(2 * self._pause, self.MAX_PAUSE)
-        self._closed_for = 0
+    def down_to(self, depth: int) -> Ranking:
+        """Only the first ``depth`` positions of every request."""
+        chosen = self.place < depth * self.num_requests
+        return Ranking(self.survival[chosen], self.place[chosen], self.num_requests)
 
-    def is_open(self) -> bool:
-        """Whether to draft for the next step."""
-        if self._gain >= 1.0:
-            return True
-        self._closed_for += 1
-        return self._closed_for > self._pause
+
+def rank(survival: Floats) -> Ranking:
+    """Order all nodes of survival [R, n]."""
+    num_requests, width = survival.shape
+    assert num_requests * width <= MAX_NODES, "more drafted tokens than a step can rank"
+    values = survival.T.ravel()  # position by position: the place breaks ties
+    places = np.arange(values.size, dtype=np.int64)
+    keys = ((1.0 - values) * LEVELS).astype(np.int64) << PLACE_BITS | places
+    keys.sort()
+    order = keys & (MAX_NODES - 1)
+    count = int(np.count_nonzero(values > 0.0))
+    return Ranking(values[order[:count]], order[:count], num_requests)
+
+
+def _theta(ranking: Ranking, num_rows: int, seconds: Floats) -> Floats:
+    """Expected tokens a second [m + 1] with the best 0 .. m tokens admitted; m is limited by both arguments."""
+    m = min(len(ranking.survival), len(seconds) - 1)
+    expected = np.empty(m + 1)
+    expected[0] = num_rows
+    np.cumsum(ranking.survival[:m], out=expected[1:])
+    expected[1:] += num_rows
+    theta: Floats = expected / seconds[: m + 1]
+    return theta
+
+
+def early_stop(ranking: Ranking, num_rows: int, seconds: Floats) -> int:
+    """Algorithm 1: admit while each token raises theta by the margin that is asked of every token by itself.
+
+    A margin on the sum would let the confidence of the second token decide about the first.
+    """
+    theta = _theta(ranking, num_rows, seconds)
+    if len(theta) == 1:
+        return 0
+    steps = np.diff(seconds[: len(theta)])
+    pays = ranking.survival[: len(steps)] >= (1 + MIN_GAIN) * theta[:-1] * steps
+    return len(pays) if pays.all() else int(np.argmin(pays))
+
+
+def best_count(ranking: Ranking, num_rows: int, seconds: Floats) -> int:
+    """The count with the largest theta of the whole curve; 0 if it is not worth the margin. The smallest of equal ones."""
+    theta = _theta(ranking, num_rows, seconds)
+    count = int(np.argmax(theta))
+    return count if theta[count] >= theta[0] * (1 + MIN_GAIN) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What running requests were promised, as seconds a token: ``allowed`` [R] of the ranked requests (inf: no budget), and the
+    tightest of the requests that verify no drafts this step."""
+
+    allowed: Floats
+    others: float = float("inf")
+
+    @property
+    def is_free(self) -> bool:
+        return bool(np.isinf(self.allowed).all()) and np.isinf(self.others)
+
+
+def count_within(ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, pace: Pace, limit: int) -> int:
+    """Among counts up to ``limit`` the one with the largest theta whose predicted seconds a token keep every request's pace.
+
+    If none does, the one with the smallest worst overshoot. A request's seconds a token are the step's over the tokens that it
+    is expected to get: 1 and the survival of its admitted nodes (latency budgets of ours; no counterpart in the paper).
+    """
+    theta = _theta(ranking, num_rows, seconds)
+    last = min(limit, len(theta) - 1)
+    counts = np.unique(np.linspace(0, last, min(last + 1, GRID)).astype(np.int64))
+    cumulated = np.concatenate([np.ones((survival.shape[0], 1)), 1.0 + np.cumsum(survival, axis=1)], axis=1)
+    rows = np.arange(survival.shape[0])
+    overshoot = np.empty(len(counts))
+    for i, count in enumerate(counts):
+        expected = cumulated[rows, ranking.lengths(int(count))]
+        worst = float(np.max(seconds[count] / (expected * pace.allowed), initial=0.0))
+        overshoot[i] = max(worst, seconds[count] / pace.others)
+    keeps = overshoot <= 1.0
+    if keeps.any():
+        return int(counts[keeps][np.argmax(theta[counts[keeps]])])
+    return int(counts[np.argmin(overshoot)])
+
+
+def pack(survivals: Sequence[Sequence[float]]) -> Floats:
+    """Rows of different lengths as survival [R, n], padded with 0."""
+    width = max(map(len, survivals), default=0)
+    packed = np.zeros((len(survivals), width))
+    for row, values in zip(packed, survivals, strict=True):
+        row[: len(values)] = values
+    return packed

@@ -9,32 +9,96 @@ from collections.abc import Callable
 import torch
 
 from dspark.sampling import SamplingParams
-from dspark.types import DraftTurn, PlanRow, Request, Speculation, VerifyPlan
+from dspark.types import DraftTree, DraftTurn, PlanRow, Request, Speculation, VerifyPlan
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.judge import JudgeItem, judge
 from dspark.workers.verifier.sequence import Sequence
 
-REPEATS = 5
-CONTEXT = 256  # tokens a scratch request holds, where the pool has room for that
-MAX_TOKENS = 128  # largest step and draft round that are measured; beyond, the last slope goes on
-MAX_DRAFTING = 16
-TOKENS_A_ROW = 4  # a step of B tokens is measured as B / 4 verifying requests
+NEAR, FAR = 8, 320  # positions that scratch requests hold, where the pool has room for that
+MAX_TOKENS = 256  # largest verify step that is measured; beyond, the last slope goes on
+MAX_DRAFTING = 64
+ROW_TOKENS = 4  # a step of B tokens is measured as B / 4 rows of an anchor and 3 drafts
+PREFILL_TOKENS = 256
+SLOW_S = 0.05  # a step that takes longer is repeated less often
+REPEATS, SLOW_REPEATS = 5, 3
+TRUSTED = 1.5  # a cached table is measured again if single steps differ from it by more than this factor
 
 
 def measure_costs(engine: Engine, progress: Callable[[str], None]) -> CostTable:
-    """Median seconds of verify steps by tokens, and of draft rounds by requests. Leaves no trace in the pool."""
+    """Median seconds of verify steps by tokens and context, and of draft rounds by requests and depth. No trace is left."""
     assert not engine.has_work, "the cost table is measured on an idle engine"
-    limits, pool = engine.options.limits, engine.pool
-    most_tokens = min(limits.max_batch_tokens, MAX_TOKENS)
-    room = pool.num_free * TOKENS_A_ROW // most_tokens * pool.block_size - TOKENS_A_ROW
-    bench = _Scratch(engine, max(1, min(CONTEXT, engine.options.max_model_len // 2, room)))
-    verify = [(size, bench.verify_seconds(size)) for size in _sizes(min(most_tokens, bench.max_tokens))]
-    draft = [(count, bench.draft_seconds(count)) for count in _sizes(min(limits.max_num_seqs, MAX_DRAFTING, bench.max_rows))]
-    progress("step costs: " + ", ".join(f"{size} tokens {1e3 * s:.1f} ms" for size, s in verify))
+    begin = time.perf_counter()
+    scratch = _Scratch(engine)
+    verify, verify_context_s = _measure_verify(scratch)
+    prefill_s = scratch.prefill_token_seconds()
+    table = CostTable(verify, verify_context_s=verify_context_s, prefill_s=prefill_s)
     if engine.drafter.block_size:
-        progress("draft costs: " + ", ".join(f"{count} requests {1e3 * s:.2f} ms" for count, s in draft))
-    return CostTable(Curve.fit(verify), Curve.fit(draft))
+        first, deeper, draft_context_s = _measure_draft(scratch)
+        table = CostTable(verify, first, verify_context_s, prefill_s, deeper, draft_context_s)
+    for line in describe(table):
+        progress(line)
+    progress(f"measured in {time.perf_counter() - begin:.1f} s")
+    return table
+
+
+def describe(table: CostTable) -> list[str]:
+    """The table in a few lines."""
+    verify = ", ".join(f"{size} tokens {1e3 * s:.1f} ms" for size, s in zip(table.verify.sizes, table.verify.seconds, strict=True))
+    lines = [
+        f"step costs: {verify}, {1e6 * table.verify_context_s:.2f} us a position of context, {1e3 * table.prefill_s:.2f} ms a prompt token"
+    ]
+    if table.draft.seconds[-1] > 0:
+        draft = ", ".join(f"{size} requests {1e3 * s:.2f} ms" for size, s in zip(table.draft.sizes, table.draft.seconds, strict=True))
+        last = table.draft_deeper.seconds[-1]
+        lines.append(f"draft costs: {draft}, and {1e3 * last:.2f} ms each further position of {table.draft_deeper.sizes[-1]} requests")
+    return lines
+
+
+def still_holds(engine: Engine, table: CostTable) -> bool:
+    """Whether steps of two sizes take about what the table says."""
+    scratch = _Scratch(engine)
+    for num_tokens in (1, 16):
+        if num_tokens > scratch.max_rows * ROW_TOKENS:
+            continue
+        measured = scratch.verify_seconds(num_tokens, NEAR)
+        predicted = table.step_seconds(num_tokens, NEAR * -(-num_tokens // ROW_TOKENS))
+        if not predicted / TRUSTED < measured < predicted * TRUSTED:
+            return False
+    return True
+
+
+def _measure_verify(scratch: _Scratch) -> tuple[Curve, float]:
+    """Seconds by tokens at no context, and seconds a position of context: least squares over two contexts a size."""
+    sizes = _sizes(min(scratch.engine.options.limits.max_batch_tokens, MAX_TOKENS, scratch.max_rows * ROW_TOKENS))
+    measured = [(size, -(-size // ROW_TOKENS), scratch.verify_seconds(size, NEAR)) for size in sizes]
+    spans, more = [], []
+    for size, rows, seconds in measured:
+        far = scratch.room_for(rows)
+        if far > NEAR:
+            spans.append(rows * (far - NEAR))
+            more.append(scratch.verify_seconds(size, far) - seconds)
+    context_s = _slope(spans, more)
+    return Curve.fit([(size, max(seconds - context_s * rows * NEAR, 1e-9)) for size, rows, seconds in measured]), context_s
+
+
+def _measure_draft(scratch: _Scratch) -> tuple[Curve, Curve, float]:
+    """Seconds of the first position by requests, of each further one, and of a position of context."""
+    engine = scratch.engine
+    counts = _sizes(min(engine.options.limits.max_num_seqs, MAX_DRAFTING, scratch.max_rows))
+    gamma = engine.drafter.block_size
+    first = Curve.fit([(count, scratch.draft_seconds(count, 1, NEAR)) for count in counts])
+    whole = Curve.fit([(count, scratch.draft_seconds(count, gamma, NEAR)) for count in counts])
+    steps = max(gamma - 1, 1)
+    deeper = Curve.fit([(count, max(0.0, whole(count) - first(count)) / steps) for count in counts])
+    far = [(count, room) for count in counts[-2:] if (room := scratch.room_for(count)) > NEAR]
+    more = [scratch.draft_seconds(count, gamma, room) - whole(count) for count, room in far]
+    return first, deeper, _slope([count * (room - NEAR) for count, room in far], more)
+
+
+def _slope(x: list[int], y: list[float]) -> float:
+    """Least squares through the origin, not below 0."""
+    return max(0.0, sum(a * b for a, b in zip(x, y, strict=True)) / sum(a * a for a in x)) if x else 0.0
 
 
 def _sizes(limit: int) -> list[int]:
@@ -47,46 +111,55 @@ def _sizes(limit: int) -> list[int]:
 class _Scratch:
     """Requests with made-up tokens whose blocks are taken for one measurement and given back."""
 
-    def __init__(self, engine: Engine, context: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.context = context
-        self.max_rows = max(1, engine.pool.num_free // engine.pool.blocks_for(context + TOKENS_A_ROW))
-        self.max_tokens = self.max_rows * TOKENS_A_ROW
+        rows = min(MAX_TOKENS // ROW_TOKENS, engine.options.limits.max_num_seqs)
+        self.max_rows = max(1, min(rows, engine.pool.num_free // engine.pool.blocks_for(NEAR + ROW_TOKENS)))
 
-    def verify_seconds(self, size: int) -> float:
-        """Seconds of a step of ``size`` tokens: forward, and the judge on every row."""
+    def room_for(self, num_rows: int) -> int:
+        """Positions of context, up to ``FAR``, that so many requests can hold."""
+        pool = self.engine.pool
+        return min(FAR, self.engine.options.max_model_len // 2, pool.num_free // num_rows * pool.block_size - ROW_TOKENS)
+
+    def verify_seconds(self, size: int, context: int) -> float:
+        """Seconds of a step of ``size`` tokens in rows of anchor and drafts: forward, and the judge on every row."""
         engine = self.engine
-        lengths = [TOKENS_A_ROW] * (size // TOKENS_A_ROW) + ([size % TOKENS_A_ROW] if size % TOKENS_A_ROW else [])
-        sequences = self._open(len(lengths))
-        rows = tuple(PlanRow(s.id, self.context, n, 0, True) for s, n in zip(sequences, lengths, strict=True))
+        lengths = [ROW_TOKENS] * (size // ROW_TOKENS) + ([size % ROW_TOKENS] if size % ROW_TOKENS else [])
+        sequences = self._open(len(lengths), context)
+        rows = tuple(PlanRow(s.id, context, 1, n - 1, True, n - 1) for s, n in zip(sequences, lengths, strict=True))
         plan = VerifyPlan(rows, size)
         by_id = {s.id: s for s in sequences}
-        items = [JudgeItem(s.id, s.request.sampling, 0, (0,), (), None, i, ()) for i, s in enumerate(sequences)]
 
         def step() -> None:
             result = engine.runner.forward(plan, by_id)
-            wide = result.logits.repeat_interleave(torch.tensor(lengths, device=result.logits.device), 0)
-            judge(wide, items)
+            judge(result.logits, [_item(s, row, first) for s, row, first in zip(sequences, rows, result.first_row, strict=True)])
 
         seconds = _median_seconds(step)
         self._close(sequences)
         return seconds
 
-    def draft_seconds(self, count: int) -> float:
-        """Seconds of one draft round of ``count`` requests, feeding included."""
-        drafter = self.engine.drafter
-        if not drafter.block_size:
+    def prefill_token_seconds(self) -> float:
+        """Seconds of one token of a long prompt chunk."""
+        engine = self.engine
+        room = min(engine.pool.num_free * engine.pool.block_size, engine.options.max_model_len) - 2 * ROW_TOKENS
+        size = min(PREFILL_TOKENS, engine.options.limits.max_batch_tokens, room)
+        if size < 2:
             return 0.0
-        sequences = self._open(count)
-        self._teach(sequences, 0, self.context)
-        position = self.context
+        (sequence,) = self._open(1, size)
+        plan = VerifyPlan((PlanRow(sequence.id, 0, size, 0, False, 0),), size)
+        seconds = _median_seconds(lambda: _use(engine.runner.forward(plan, {sequence.id: sequence}).logits))
+        self._close([sequence])
+        return seconds / size
 
-        def round_() -> None:
-            self._teach(sequences, position, 1)
-            drafter.collect({s.id: drafter.block_size for s in sequences}, 1.0)
-
-        seconds = _median_seconds(round_)
-        drafter.close([s.id for s in sequences])
+    def draft_seconds(self, count: int, depth: int, context: int) -> float:
+        """Seconds of drafting ``depth`` tokens for ``count`` requests."""
+        drafter = self.engine.drafter
+        sequences = self._open(count, context)
+        self._teach(sequences, 0, context)
+        ids = [s.id for s in sequences]
+        self._teach(sequences, context, 1)
+        seconds = _median_seconds(lambda: _use(drafter.collect(dict.fromkeys(ids, depth), 1.0)))
+        drafter.close(ids)
         self._close(sequences)
         return seconds
 
@@ -95,7 +168,7 @@ class _Scratch:
         features = None
         if drafter.taps:
             features = drafter.project(torch.zeros(count, len(drafter.taps) * target.hidden_size, dtype=target.dtype, device=target.device))
-        is_last = start + count > self.context
+        is_last = start > 0
         drafter.propose(
             [
                 DraftTurn(
@@ -112,16 +185,19 @@ class _Scratch:
             ]
         )
 
-    def _open(self, count: int) -> list[Sequence]:
-        """``count`` scratch requests with ``context`` tokens of KV that nobody wrote."""
+    def _open(self, count: int, context: int) -> list[Sequence]:
+        """``count`` scratch requests with ``context`` tokens of KV that nobody wrote, and a draft."""
         pool, vocab = self.engine.pool, self.engine.target.vocab_size
         sequences = []
         for i in range(count):
-            tokens = tuple((7 * j + i) % vocab for j in range(self.context + TOKENS_A_ROW))
+            tokens = tuple((7 * j + i) % vocab for j in range(context + 1))
             request = Request(f"scratch-{i}", tokens, SamplingParams(temperature=0.0, max_tokens=None))
-            sequences.append(Sequence.of(request, Speculation(), len(tokens) + 1))
+            sequence = Sequence.of(request, Speculation(), len(tokens) + 1)
+            drafted = [(11 * j + i) % vocab for j in range(ROW_TOKENS - 1)]
+            sequence.draft = DraftTree.chain(request.id, len(tokens), drafted, [0.5] * len(drafted))
+            sequences.append(sequence)
             pool.open(request.id, [])
-            if not pool.grow(request.id, len(tokens)):
+            if not pool.grow(request.id, context + ROW_TOKENS):
                 raise AssertionError("the scratch requests do not fit the pool")
         return sequences
 
@@ -130,16 +206,29 @@ class _Scratch:
             self.engine.pool.release(sequence.id)
 
 
+def _item(sequence: Sequence, row: PlanRow, first_row: int) -> JudgeItem:
+    draft = sequence.draft.first(row.num_draft) if sequence.draft is not None and row.num_draft else None
+    return JudgeItem(sequence.id, sequence.request.sampling, 0, (0,), (), draft, first_row, ())
+
+
+def _use(result: object) -> None:
+    """The measured call is made for its time."""
+
+
 def _median_seconds(run: Callable[[], None]) -> float:
     run()
-    seconds = []
-    for _ in range(REPEATS):
-        _synchronize()
-        begin = time.perf_counter()
-        run()
-        _synchronize()
-        seconds.append(time.perf_counter() - begin)
+    seconds = [_seconds(run)]
+    while len(seconds) < (SLOW_REPEATS if seconds[0] > SLOW_S else REPEATS):
+        seconds.append(_seconds(run))
     return statistics.median(seconds)
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    _synchronize()
+    begin = time.perf_counter()
+    run()
+    _synchronize()
+    return time.perf_counter() - begin
 
 
 def _synchronize() -> None:

@@ -2,18 +2,20 @@
 
 Every request catches up its computed tokens with its known tokens. A prefill chunk, a prefix hit, a decode step, a
 resumed request and a verify step differ only in how many tokens are pending. When blocks run out the last request in
-line gives its blocks back and is computed again later (most of it from the prefix cache).
+line gives its blocks back and is computed again later (most of it from the prefix cache). Latency budgets (``latency.py``) decide
+who goes first, who sits a step out, and how much prefill a step takes in.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from dataclasses import dataclass, field
 
-from dspark.types import Mode, PlanRow, VerifyPlan
+from dspark.types import PlanRow, VerifyPlan
 from dspark.workers.verifier.blocks import BlockPool
-from dspark.workers.verifier.costs import CostTable
-from dspark.workers.verifier.planner import Candidate, DraftGate, schedule
+from dspark.workers.verifier.draft_planner import DraftPlanner, Share, StepShape
+from dspark.workers.verifier.latency import Prefill, Stake, choose_rows, chunk_tokens, line_key, stake
 from dspark.workers.verifier.sequence import Sequence
 
 
@@ -27,23 +29,11 @@ class Limits:
 
 
 @dataclass(slots=True)
-class Share:
-    """One request's part of the step being planned."""
-
-    sequence: Sequence
-    num_known: int
-    num_draft: int = 0
-
-    @property
-    def samples(self) -> bool:
-        return self.num_known == self.sequence.num_pending
-
-
-@dataclass(slots=True)
 class SchedulerCounters:
     preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits: int = 0  # prompt tokens found there
+    left_out: int = 0  # request x step pairs that sat out for somebody's latency budget
 
 
 @dataclass(slots=True)
@@ -52,13 +42,14 @@ class Scheduler:
 
     pool: BlockPool
     limits: Limits
-    costs: CostTable | None = None
-    gate: DraftGate = field(default_factory=DraftGate)
+    drafts: DraftPlanner
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     counters: SchedulerCounters = field(default_factory=SchedulerCounters)
+    chosen: list[Sequence] = field(default_factory=list)  # running requests that take part in this step
     _order: dict[str, tuple[int, int]] = field(default_factory=dict)
     _arrivals: int = 0
+    _is_by_deadline: bool = False  # how ``waiting`` is ordered
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request by priority (low first), then arrival."""
@@ -75,21 +66,49 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def plan(self) -> VerifyPlan:
-        """Choose the step's rows and reserve their blocks; drafts come last, they only fill what is left."""
-        shares: list[Share] = []
+    def choose(self, now_s: float) -> None:
+        """Decide which running requests take part in the next step (``chosen``) and who is next in line."""
+        self.chosen = list(self.running)
+        has_deadlines = any(s.request.latency_budget.ttft_ms is not None for s in self.waiting)
+        if has_deadlines:
+            token_s = 0.0 if self.drafts.costs is None else self.drafts.costs.table.prefill_s
+            self.waiting.sort(key=lambda s: (*self._line_key(s, now_s, token_s), self._order[s.id]))
+        elif self._is_by_deadline:
+            self.waiting.sort(key=self._key)
+        self._is_by_deadline = has_deadlines
+        if self.drafts.costs is None:
+            return
+        decoding = [s for s in self.running if s.num_pending == 1]
+        stakes = [_stake(s, now_s) for s in decoding]
+        for sequence, taken in zip(decoding, stakes, strict=True):
+            sequence.limit_s = taken.allowed_s
+        takes_part = choose_rows(stakes, self.drafts.typical_seconds)
+        out = {s.id for s, is_in in zip(decoding, takes_part, strict=True) if not is_in}
+        for sequence in decoding:
+            sequence.left_out = sequence.left_out + 1 if sequence.id in out else 0
+        self.counters.left_out += len(out)
+        self.chosen = [s for s in self.running if s.id not in out]
+
+    def plan(self, now_s: float, draft_s: float) -> VerifyPlan:
+        """The rows of the step and their blocks; drafts come last, they only fill what is left. Drafting took ``draft_s``."""
+        shares: dict[str, Share] = {}
         left = self.limits.max_batch_tokens
         preempted = self.counters.preemptions
-        for sequence in list(self.running):
-            take = min(sequence.num_pending, left)
-            if take and sequence in self.running and self._reserve(sequence, sequence.num_computed + take):
-                shares.append(Share(sequence, take))
-                left -= take
+        left -= self._share_out([s for s in self.chosen if s.num_pending == 1], shares, left)
+        behind = [s for s in self.chosen if s.num_pending > 1]
+        chunk = self._chunk_tokens(behind, shares, left, now_s)
+        chunk -= self._share_out(behind, shares, chunk)
         if preempted == self.counters.preemptions:
-            left = self._admit(shares, left)
-        self._plan_drafts(shares, left)
-        rows = tuple(PlanRow(s.sequence.id, s.sequence.num_computed, s.num_known, s.num_draft, s.samples) for s in shares)
-        return VerifyPlan(rows, sum(row.num_tokens for row in rows))
+            self._admit(shares, chunk)
+        rows = list(shares.values())
+        self.drafts.plan(rows, self.limits.max_batch_tokens - sum(s.num_known for s in rows), draft_s)
+        for share in rows:
+            base = share.sequence.num_computed + share.num_known
+            while share.num_draft and not self.pool.grow(share.sequence.id, base + share.num_draft):
+                share.num_draft -= 1  # drafts never take blocks from anybody
+            share.num_commit = min(share.num_commit, share.num_draft)
+        planned = tuple(PlanRow(s.sequence.id, s.sequence.num_computed, s.num_known, s.num_draft, s.samples, s.num_commit) for s in rows)
+        return VerifyPlan(planned, sum(row.num_tokens for row in planned))
 
     def commit(self, sequence: Sequence, num_computed: int) -> None:
         """Note that positions ``< num_computed`` hold committed KV; blocks beyond go back, full ones become findable."""
@@ -104,11 +123,40 @@ class Scheduler:
     def _key(self, sequence: Sequence) -> tuple[int, int]:
         return self._order[sequence.id]
 
-    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+    def _line_key(self, sequence: Sequence, now_s: float, token_s: float) -> tuple[int, float]:
+        """Place of a waiting request; one that was preempted goes before all that have not run."""
+        request = sequence.request
+        if sequence.admitted:
+            return request.priority, -math.inf
+        return line_key(request.priority, sequence.arrived_s, request.latency_budget.ttft_ms, now_s, token_s * sequence.num_pending)
+
+    def _share_out(self, sequences: list[Sequence], shares: dict[str, Share], left: int) -> int:
+        """Give running requests their pending tokens, in order, while ``left`` lasts; returns how many were given."""
+        given = 0
+        for sequence in sequences:
+            take = min(sequence.num_pending, left - given)
+            if take and sequence in self.running and self._reserve(sequence, sequence.num_computed + take, shares):
+                shares[sequence.id] = Share(sequence, take, limit_s=sequence.limit_s)
+                given += take
+        return given
+
+    def _chunk_tokens(self, behind: list[Sequence], shares: dict[str, Share], left: int, now_s: float) -> int:
+        """How many prompt tokens this step takes in, at most ``left``."""
+        costs = self.drafts.costs
+        limit_s = min((s.limit_s * s.sequence.tokens_per_round for s in shares.values()), default=math.inf)
+        if costs is None or math.isinf(limit_s):
+            return left
+        shape = StepShape.of(list(shares.values()))
+        decode_s = costs.table.step_seconds(shape.decode_tokens, shape.context)
+        prefills = [Prefill(s.num_pending, _ttft_left_s(s, now_s)) for s in (*behind, *self.waiting)]
+        return chunk_tokens(prefills, decode_s, limit_s, costs.table.prefill_s, left)
+
+    def _reserve(self, sequence: Sequence, num_tokens: int, shares: dict[str, Share]) -> bool:
         """Room for ``num_tokens`` positions, taking blocks from the last in line; False if it was itself the last."""
         while not self.pool.grow(sequence.id, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
+            shares.pop(victim.id, None)
             if victim is sequence:
                 return False
         return True
@@ -121,8 +169,8 @@ class Scheduler:
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=self._key)
 
-    def _admit(self, shares: list[Share], left: int) -> int:
-        """Let waiting requests in while tokens, places and blocks last; returns the tokens left."""
+    def _admit(self, shares: dict[str, Share], left: int) -> None:
+        """Let waiting requests in while tokens, places and blocks last."""
         while self.waiting and left and len(self.running) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
             if not self._open(sequence):
@@ -130,9 +178,8 @@ class Scheduler:
             self.waiting.pop(0)
             insort(self.running, sequence, key=self._key)
             take = min(sequence.num_pending, left)
-            shares.append(Share(sequence, take))
+            shares[sequence.id] = Share(sequence, take)
             left -= take
-        return left
 
     def _open(self, sequence: Sequence) -> bool:
         """Reserve blocks for all known tokens and one more, cached prefix shared; False, unchanged, if they don't fit."""
@@ -153,44 +200,17 @@ class Scheduler:
                 self.counters.prefix_hits += sequence.num_cached
         return True
 
-    def _plan_drafts(self, shares: list[Share], left: int) -> None:
-        """Decide how many drafted tokens each sampling row verifies, and reserve their blocks."""
-        sampling = [s for s in shares if s.samples]
-        open_shares = [s for s in sampling if _draft_len(s.sequence)]
-        for share in open_shares:
-            if share.sequence.speculation.mode is Mode.STATIC or self.costs is None:
-                share.num_draft = min(_draft_len(share.sequence), left)
-                left -= share.num_draft
-        adaptive = [s for s in open_shares if s.sequence.speculation.mode is Mode.ADAPTIVE]
-        if adaptive and self.costs is not None:
-            self._plan_adaptive(adaptive, sum(s.num_known + s.num_draft for s in shares), len(sampling), left)
-        for share in open_shares:
-            base = share.sequence.num_computed + share.num_known
-            while share.num_draft and not self.pool.grow(share.sequence.id, base + share.num_draft):
-                share.num_draft -= 1  # drafts never take blocks from anybody
 
-    def _plan_adaptive(self, shares: list[Share], base_tokens: int, num_rows: int, left: int) -> None:
-        assert self.costs is not None
-        step_seconds = self.costs.verify
-        candidates = [Candidate(s.sequence.survival[: _draft_len(s.sequence)]) for s in shares]
-        lengths = schedule(candidates, base_tokens, num_rows, step_seconds, left, all(_cannot_be_biased(s.sequence) for s in shares))
-        expected = float(num_rows)
-        for share, candidate, length in zip(shares, candidates, lengths, strict=True):
-            share.num_draft = length
-            expected += sum(candidate.survival[:length])
-        drafting = self.costs.step_seconds(base_tokens + sum(lengths), len(shares))
-        self.gate.observe(expected / drafting * step_seconds(base_tokens) / num_rows)
+def _stake(sequence: Sequence, now_s: float) -> Stake:
+    tpot_ms = sequence.request.latency_budget.tpot_ms
+    since = 0.0 if sequence.first_s is None else now_s - sequence.first_s
+    return stake(sequence.num_known, tpot_ms, sequence.num_after_first, since, sequence.tokens_per_round, sequence.left_out)
 
 
-def _draft_len(sequence: Sequence) -> int:
-    """Drafted tokens at hand that may be verified now."""
-    draft = sequence.draft
-    if draft is None or draft.base_len != sequence.num_known:
-        return 0
-    return min(len(draft.tokens), sequence.drafts_wanted)
-
-
-def _cannot_be_biased(sequence: Sequence) -> bool:
-    """Whether no schedule can change the law of the text: greedy, coupled, or drafts fixed by the history."""
-    sampling = sequence.request.sampling
-    return sampling.is_greedy or sampling.rule == "coupled" or (sequence.draft is not None and sequence.draft.law is None)
+def _ttft_left_s(sequence: Sequence, now_s: float) -> float:
+    """Seconds to the deadline of its first token; inf without one, once it came, or if it is missed."""
+    ttft_ms = sequence.request.latency_budget.ttft_ms
+    if ttft_ms is None or sequence.first_s is not None:
+        return math.inf
+    left = sequence.arrived_s + ttft_ms / 1e3 - now_s
+    return left if left > 0 else math.inf

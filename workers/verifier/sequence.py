@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
 from dspark.workers.verifier.blocks import chain_hash, root_hash
+from dspark.workers.verifier.draft_policy import Rest
 from dspark.workers.verifier.text import TextStream
+
+ROUND_RATE = 0.1  # of the running mean of tokens a round
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +34,13 @@ class Sequence:
     survival: tuple[float, ...] = ()  # of the draft's nodes: never above that of the node before
     text: TextStream | None = None  # only for requests with stop strings
     num_taught: int = 0  # known tokens that the drafter has been told
+    rest: Rest = field(default_factory=Rest)  # from drafting, when its drafts are never admitted
+    arrived_s: float = 0.0  # on the engine's clock
+    first_s: float | None = None  # when its first token was committed here
+    num_after_first: int = 0  # tokens committed since
+    tokens_per_round: float = 1.0  # running mean
+    limit_s: float = math.inf  # seconds a token that keep its latency budget, as of this step
+    left_out: int = 0  # steps in a row that it sat out for others' budgets
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _hashes: list[bytes] = field(default_factory=list)
     _output: list[int] = field(default_factory=list)
@@ -56,10 +67,15 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         return self.request.sampling.prompt_logprobs is not None
 
-    def append(self, tokens: tuple[int, ...]) -> None:
+    def append(self, tokens: tuple[int, ...], now_s: float) -> None:
         """Commit output tokens."""
         self.tokens.extend(tokens)
         self._output.extend(tokens)
+        if self.first_s is None:
+            self.first_s = now_s
+        else:
+            self.num_after_first += len(tokens)
+            self.tokens_per_round += ROUND_RATE * (len(tokens) - self.tokens_per_round)
 
     def max_draft(self, block_size: int) -> int:
         """How many drafted tokens could still be of use: one position is always the target's own."""

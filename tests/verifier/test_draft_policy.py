@@ -1,0 +1,91 @@
+"""How deep to draft: by what drafts would bring and cost at the present load, and never for ever not at all."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dspark.workers.verifier.costs import CostTable, Curve, Floats
+from dspark.workers.verifier.draft_policy import DECIDE_EVERY, LONGEST_PAUSE, LOOK_DEEPER_EVERY, MAX_REST, DraftPolicy, Rest
+
+GAMMA = 7
+
+
+def survival(confidence: float, rows: int = 64) -> Floats:
+    return np.cumprod(np.full((rows, GAMMA), confidence), axis=1)
+
+
+def table(draft_s: float, deeper_s: float) -> CostTable:
+    return CostTable(Curve((1,), (1.0,)), Curve((1,), (draft_s,)), draft_deeper=Curve((1,), (deeper_s,)))
+
+
+def linear(base: float, token: float, most: int = 600) -> Floats:
+    return base + token * np.arange(most + 1)
+
+
+def taught(confidence: float) -> DraftPolicy:
+    policy = DraftPolicy(GAMMA)
+    policy.observe(survival(confidence))
+    return policy
+
+
+def test_nothing_is_known_at_first() -> None:
+    assert DraftPolicy(GAMMA).depth(4, 4, 100, table(0.1, 0.1), linear(1.0, 0.1)) == GAMMA
+
+
+def test_depth_is_the_best_of_all() -> None:
+    """Against every depth and count of admitted tokens, written out for equal requests."""
+    for confidence in (0.3, 0.6, 0.9):
+        for draft_s, deeper_s, token in ((0.1, 0.0, 0.01), (0.1, 0.05, 0.01), (0.5, 0.2, 0.05), (3.0, 0.1, 0.1)):
+            rows = 4
+
+            def value(depth: int, admitted: int) -> float:
+                gains = sorted((confidence**k for k in range(1, depth + 1) for _ in range(rows)), reverse=True)  # noqa: B023
+                cost = 1.0 + token * admitted + draft_s + deeper_s * (depth - 1)  # noqa: B023
+                return (rows + sum(gains[:admitted])) / cost  # noqa: B023
+
+            best = {d: max(value(d, k) for k in range(rows * d + 1)) for d in range(1, GAMMA + 1)}
+            expected = max(best, key=lambda d: (best[d], -d)) if max(best.values()) > rows * 1.01 else 0
+            assert taught(confidence).depth(rows, rows, 0, table(draft_s, deeper_s), linear(1.0, token)) == expected
+
+
+def test_plain_decoding_comes_and_goes_with_the_load() -> None:
+    policy, costs = taught(0.7), table(0.3, 0.05)
+    steep, flat = linear(1.0, 0.8), linear(1.0, 0.02)
+    assert policy.depth(8, 8, 0, costs, steep) == 0
+    later = [policy.depth(8, 8, 0, costs, flat) for _ in range(DECIDE_EVERY)]
+    assert later[-1] > 0
+
+
+def test_while_nothing_is_drafted_acceptance_is_looked_at_more_and_more_rarely() -> None:
+    policy, costs = taught(0.2), table(5.0, 1.0)
+    looks = [step for step in range(600) if policy.depth(8, 8, 0, costs, linear(1.0, 1.0)) == GAMMA]
+    gaps = np.diff(looks)
+    assert list(gaps) == sorted(gaps)
+    assert gaps[-1] == LONGEST_PAUSE + 1
+
+
+def test_short_drafts_are_deepened_now_and_then() -> None:
+    policy, costs = taught(0.5), table(0.1, 0.4)
+    depths = [policy.depth(4, 4, 0, costs, linear(1.0, 0.05)) for _ in range(2 * LOOK_DEEPER_EVERY)]
+    assert sum(depth == GAMMA for depth in depths) == 2
+    assert set(depths) > {GAMMA}
+
+
+def test_shorter_drafts_keep_what_is_known_of_later_positions() -> None:
+    policy = taught(0.9)
+    for _ in range(DECIDE_EVERY):
+        policy.observe(survival(0.9)[:, :1])
+    assert policy.depth(4, 4, 0, table(0.1, 0.0), linear(1.0, 0.01)) == GAMMA
+
+
+def test_a_request_rests_longer_and_longer() -> None:
+    rest, waits = Rest(), []
+    for _ in range(7):
+        rest.note(0)
+        wait = 0
+        while not rest.is_due():
+            wait += 1
+        waits.append(wait)
+    assert waits == [1, 2, 4, 8, 16, MAX_REST, MAX_REST]
+    rest.note(3)
+    assert rest.is_due()

@@ -1,0 +1,183 @@
+"""How many drafted tokens each row of a step verifies, and what is drafted for the next one.
+
+The planner (pure) is asked here with what the engine knows: costs as they are now, survival of the drafts at hand, latency budgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dspark.types import Mode
+from dspark.workers.verifier.costs import Floats, LiveCosts
+from dspark.workers.verifier.draft_policy import DraftPolicy
+from dspark.workers.verifier.planner import Pace, Ranking, best_count, count_within, early_stop, pack, rank
+from dspark.workers.verifier.sequence import Sequence
+
+ROW_RATE = 0.1  # of the running mean of drafts a row
+LAG = 2  # steps between the confidences that a budget comes from and the step that it is for (DSpark section 5.2)
+
+
+@dataclass(slots=True)
+class Share:
+    """One request's part of the step being planned. ``num_commit``: drafted tokens that may be committed (shadow: not all)."""
+
+    sequence: Sequence
+    num_known: int
+    num_draft: int = 0
+    num_commit: int = 0
+    limit_s: float = math.inf  # seconds a token that keep its latency budget
+
+    @property
+    def samples(self) -> bool:
+        return self.num_known == self.sequence.num_pending
+
+    @property
+    def context(self) -> int:
+        """Positions that it attends to, drafts not counted."""
+        return self.sequence.num_computed + self.num_known
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the cost of a step hangs on, drafts not counted: ``decode_tokens`` and ``prefill_tokens`` over ``context`` positions."""
+
+    decode_tokens: int
+    prefill_tokens: int
+    context: int
+
+    @staticmethod
+    def of(shares: Seq[Share]) -> StepShape:
+        decode = sum(s.num_known for s in shares if s.num_known == 1)
+        return StepShape(decode, sum(s.num_known for s in shares) - decode, sum(s.context for s in shares))
+
+    def seconds(self, costs: LiveCosts, max_extra: int) -> Floats:
+        """Seconds [k + 1] of the step with 0 .. k drafted tokens."""
+        return costs.extra_seconds(self.decode_tokens, self.context, max_extra) + costs.table.prefill_s * self.prefill_tokens
+
+
+@dataclass(slots=True)
+class DraftPlanner:
+    """Plans drafts by a live cost table; without one everything that was drafted is verified.
+
+    ``looks_back``: take the budget of requests whose text a schedule could bias from confidences ``LAG`` steps old and search
+    the whole cost curve (the overlapped driver); otherwise stop early on fresh ones (Algorithm 1).
+    ``speculation_limit`` is the share of the longest draft that the cluster allows, from 0 to 1.
+    """
+
+    policy: DraftPolicy
+    costs: LiveCosts | None = None
+    looks_back: bool = False
+    speculation_limit: float = 1.0
+    budget: int = 0  # drafted tokens that the last plan admitted
+    _drafts_a_row: float = 0.0  # running mean
+    _last_depth: int = 0
+    _history: deque[Ranking] = field(default_factory=lambda: deque(maxlen=LAG))
+
+    def plan(self, shares: Seq[Share], left: int, draft_s: float) -> None:
+        """Set ``num_draft`` of every share that has a draft, over at most ``left`` tokens. Drafting it took ``draft_s``."""
+        drafting = [s for s in shares if s.samples and num_drafted(s.sequence)]
+        for share in drafting:
+            if share.sequence.speculation.mode is Mode.STATIC or self.costs is None:
+                self._take_all(share, left)
+                left -= share.num_draft
+        if self.costs is None:
+            return
+        trimmed = [s for s in drafting if s.sequence.speculation.mode in (Mode.ADAPTIVE, Mode.SHADOW)]
+        self._trim(self.costs, trimmed, shares, left, draft_s)
+        for share in trimmed:
+            share.sequence.rest.note(share.num_commit)
+            if share.sequence.speculation.mode is Mode.SHADOW:
+                share.num_draft = min(num_drafted(share.sequence), share.num_draft + left)
+                left -= share.num_draft - share.num_commit
+
+    def depth(self, sequences: Seq[Sequence]) -> int:
+        """How deep to draft for the next step of these requests, those with adaptive verification; 0: not at all."""
+        most = math.ceil(self.speculation_limit * self.policy.block_size)
+        rows = [s for s in sequences if s.num_pending == 1]
+        drafting = [s for s in rows if s.speculation.mode is Mode.ADAPTIVE]
+        if self.costs is None or not drafting or not most:
+            return most
+        context = sum(s.num_computed for s in rows)
+        shape = StepShape(len(rows), 0, context)
+        seconds = shape.seconds(self.costs, len(drafting) * self.policy.block_size)
+        share = context * len(drafting) // len(rows)
+        self._last_depth = min(most, self.policy.depth(len(rows), len(drafting), share, self.costs.table, seconds))
+        return self._last_depth
+
+    def typical_seconds(self, num_rows: int, context: int) -> float:
+        """Seconds of a step of that many decoding requests with as many drafts each as the last steps had; 0 without a table."""
+        if self.costs is None or not num_rows:
+            return 0.0
+        table = self.costs.table
+        drafting = table.draft_seconds(num_rows, self._last_depth, context)
+        return table.step_seconds(round(num_rows * (1.0 + self._drafts_a_row)), context) + drafting
+
+    def _take_all(self, share: Share, left: int) -> None:
+        share.num_draft = share.num_commit = min(num_drafted(share.sequence), left)
+
+    def _trim(self, costs: LiveCosts, trimmed: Seq[Share], shares: Seq[Share], left: int, draft_s: float) -> None:
+        survival = pack([s.sequence.survival[: num_drafted(s.sequence)] for s in trimmed])
+        ranking = rank(survival)
+        num_rows = sum(s.samples for s in shares)
+        shape = StepShape.of(shares)
+        fixed = sum(s.num_draft for s in shares)
+        seconds = shape.seconds(costs, fixed + min(left, survival.size))[fixed:]
+        count = self._count(ranking, survival, num_rows, seconds, all(_cannot_be_biased(s.sequence) for s in trimmed))
+        pace = _pace(trimmed, shares)
+        if not pace.is_free and trimmed:
+            count = self._count_within(ranking, survival, num_rows, seconds + draft_s, pace, count, trimmed)
+        for share, length in zip(trimmed, ranking.lengths(count).tolist() if trimmed else (), strict=True):
+            share.num_draft = share.num_commit = length
+        self.budget = count + fixed
+        self._drafts_a_row += ROW_RATE * (self.budget / max(num_rows, 1) - self._drafts_a_row)
+        self._history.append(ranking)
+        self.policy.observe(survival)
+
+    def _count(self, ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, can_look_ahead: bool) -> int:
+        """How many drafted tokens are worth verifying."""
+        if can_look_ahead:
+            return best_count(ranking, num_rows, seconds)
+        if not self.looks_back:
+            return early_stop(ranking, num_rows, seconds)
+        if len(self._history) < LAG:
+            return len(seconds) - 1  # nothing is known yet: as if every confidence were 1
+        return best_count(self._history[0], num_rows, seconds)
+
+    def _count_within(
+        self, ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, pace: Pace, count: int, trimmed: Seq[Share]
+    ) -> int:
+        """The count that keeps latency budgets; where a text could be biased, only counts that fresh confidences do not choose."""
+        if all(_cannot_be_biased(s.sequence) for s in trimmed):
+            return count_within(ranking, survival, num_rows, seconds, pace, len(seconds) - 1)
+        if len(self._history) < LAG:
+            return count
+        old = self._history[0]
+        expected = 1.0 + float(old.survival.sum()) / max(old.num_requests, 1)  # tokens a request and step, if all are verified
+        tightest = min(float(pace.allowed.min(initial=math.inf)), pace.others)
+        keeps = np.flatnonzero(seconds <= tightest * expected)
+        return min(count, int(keeps[-1]) if len(keeps) else 0)
+
+
+def num_drafted(sequence: Sequence) -> int:
+    """Drafted tokens at hand that may be verified now."""
+    draft = sequence.draft
+    if draft is None or draft.base_len != sequence.num_known:
+        return 0
+    return min(len(draft.tokens), sequence.drafts_wanted)
+
+
+def _pace(trimmed: Seq[Share], shares: Seq[Share]) -> Pace:
+    ranked = {id(share) for share in trimmed}
+    others = min((s.limit_s for s in shares if id(s) not in ranked), default=math.inf)
+    return Pace(np.array([s.limit_s for s in trimmed]), others)
+
+
+def _cannot_be_biased(sequence: Sequence) -> bool:
+    """Whether no schedule can change the law of the text: greedy, coupled, or drafts fixed by the history."""
+    sampling = sequence.request.sampling
+    return sampling.is_greedy or sampling.rule == "coupled" or (sequence.draft is not None and sequence.draft.law is None)

@@ -1,0 +1,127 @@
+"""Whether to draft for the next step, how deep, and for whom; decided from steps that are over, so no text can be biased.
+
+Plain decoding is depth 0, a normal answer: it comes when no depth is predicted to pay for its drafting and verification at the
+present load, and it ends by itself when the load falls. What only changes with the text (acceptance) cannot be seen while
+nothing is drafted, so now and then a step drafts all the same, more and more rarely. The same holds for a request whose drafts
+are never admitted: it sits out more and more rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dspark.workers.verifier.costs import CostTable, Floats
+from dspark.workers.verifier.planner import MIN_GAIN, rank
+
+KEPT_ROWS = 256  # recent drafts that stand for the next ones
+DECIDE_EVERY = 4  # steps; a decision costs more than a plan
+LONGEST_PAUSE = 64  # steps between two looks at acceptance while nothing is drafted
+LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts are shorter
+MAX_REST = 16  # rounds a request sits out at most
+LEARN = 0.02  # of a mean confidence, for each draft seen
+
+
+@dataclass(slots=True)
+class DraftPolicy:
+    """Chooses the depth of the next drafts from the survival of recent ones and from what drafting and verifying cost.
+
+    ``block_size`` γ is the largest depth.
+    """
+
+    block_size: int
+    _recent: Floats = field(init=False)  # [k, γ] survival of the last drafts, a best guess where a draft was shorter
+    _conditional: Floats = field(init=False)  # [γ] mean confidence of each position given the one before
+    _oldest: int = 0
+    _depth: int = field(init=False)
+    _steps: int = 0
+    _closed_for: int = 0
+    _pause: int = 1
+    _num_observed: int = 0
+
+    def __post_init__(self) -> None:
+        self._recent = np.ones((0, self.block_size))
+        self._conditional = np.ones(self.block_size)
+        self._depth = self.block_size
+
+    def observe(self, survival: Floats) -> None:
+        """Take in the survival [R, n] of the chains of one step; a row of zeros is a request without a draft."""
+        self._num_observed += 1
+        if self._num_observed % DECIDE_EVERY != 1 and len(self._recent):
+            return
+        drafted = survival[survival[:, 0] > 0, : self.block_size] if survival.shape[1] else survival[:0]
+        if not len(drafted):
+            return
+        full = np.zeros((len(drafted), self.block_size))
+        full[:, : drafted.shape[1]] = drafted
+        before = np.ones(len(full))
+        for position in range(self.block_size):
+            seen = full[:, position] > 0
+            if seen.any():
+                mean = min(float(full[seen, position].sum() / before[seen].sum()), 1.0)
+                self._conditional[position] += min(1.0, LEARN * int(seen.sum())) * (mean - self._conditional[position])
+            full[~seen, position] = before[~seen] * self._conditional[position]
+            before = full[:, position]
+        self._keep(full[-KEPT_ROWS:])
+
+    def depth(self, num_rows: int, num_drafting: int, context_tokens: int, costs: CostTable, seconds: Floats) -> int:
+        """How deep to draft for the ``num_drafting`` of ``num_rows`` requests that may; 0: not at all.
+
+        ``context_tokens``: positions of those requests in all; ``seconds`` [k + 1]: what 0 .. k drafted tokens make of the step.
+        """
+        if not len(self._recent):
+            return self.block_size
+        self._steps += 1
+        if self._steps % DECIDE_EVERY == 1:
+            self._depth = self._best_depth(num_rows, num_drafting, context_tokens, costs, seconds)
+        if self._depth:
+            self._pause, self._closed_for = 1, 0
+            return self.block_size if self._steps % LOOK_DEEPER_EVERY == 0 else self._depth
+        self._closed_for += 1
+        if self._closed_for <= self._pause:
+            return 0
+        self._pause, self._closed_for = min(2 * self._pause, LONGEST_PAUSE), 0
+        return self.block_size
+
+    def _keep(self, rows: Floats) -> None:
+        if len(self._recent) < KEPT_ROWS:
+            self._recent = np.concatenate([self._recent, rows])[-KEPT_ROWS:]
+            return
+        places = (self._oldest + np.arange(len(rows))) % KEPT_ROWS
+        self._recent[places] = rows
+        self._oldest = int(places[-1] + 1) % KEPT_ROWS
+
+    def _best_depth(self, num_rows: int, num_drafting: int, context_tokens: int, costs: CostTable, seconds: Floats) -> int:
+        """The depth with the most predicted tokens a second, its drafting paid for."""
+        count = min(num_drafting, KEPT_ROWS)
+        ranking = rank(self._recent[np.arange(count) * len(self._recent) // count % len(self._recent)])
+        best_depth, best = 0, num_rows / seconds[0] * (1 + MIN_GAIN)
+        for depth in range(1, self.block_size + 1):
+            admitted = ranking.down_to(depth).survival[: len(seconds) - 1]
+            expected = num_rows + np.concatenate([[0.0], np.cumsum(admitted)])
+            drafting = costs.draft_seconds(num_drafting, depth, context_tokens)
+            value = float(np.max(expected / (seconds[: len(expected)] + drafting)))
+            if value > best:
+                best_depth, best = depth, value
+        return best_depth
+
+
+@dataclass(slots=True)
+class Rest:
+    """How long one request sits out: twice as many rounds after each round in which none of its drafts was admitted."""
+
+    _length: int = 0
+    _left: int = 0
+
+    def note(self, num_admitted: int) -> None:
+        """A round that drafted for it is planned."""
+        self._length = 0 if num_admitted else min(max(1, 2 * self._length), MAX_REST)
+        self._left = self._length
+
+    def is_due(self) -> bool:
+        """Whether to draft for it now; ask once a round."""
+        if self._left:
+            self._left -= 1
+            return False
+        return True

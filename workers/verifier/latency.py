@@ -1,0 +1,118 @@
+"""What latency budgets ask of a step: who goes first, who may wait, and how much prefill fits. Pure; times are arguments.
+
+A request may carry a time to first token (TTFT) and a time per output token after it (TPOT). Both are kept or missed as the
+client sees them: TPOT is an average over the request, so a request that is ahead may lend time and one that is behind needs it
+back. A request that cannot keep its budget any more no longer makes others wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+INF = math.inf
+PATIENCE_S = 10.0  # a request without a (reachable) TTFT budget waits in line as if it had this one, so that it is never starved
+MISSED = 1.5  # times its TPOT budget: beyond, and after MIN_TOKENS tokens, it will not be kept any more
+MIN_TOKENS = 8
+MIN_CHUNK = 16  # prefill tokens of a step that go ahead whatever the budgets say: the line must move
+StepSeconds = Callable[[int, int], float]  # (tokens, context positions) -> seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Stake:
+    """One running request that could take part in this step.
+
+    ``allowed_s``: what the step may take for each token it gets (inf: no budget, or a missed one). ``expected``: tokens it
+    gets a step. ``slack_s``: how long it can be left alone. ``left_out``: steps since it last took part.
+    """
+
+    context: int
+    allowed_s: float = INF
+    expected: float = 1.0
+    slack_s: float = INF
+    left_out: int = 0
+
+    @property
+    def limit_s(self) -> float:
+        """Longest step that keeps its budget."""
+        return self.allowed_s * self.expected
+
+
+def stake(context: int, tpot_ms: float | None, num_after_first: int, since_first_s: float, expected: float, left_out: int) -> Stake:
+    """The stake of a request that has had ``num_after_first`` tokens in the ``since_first_s`` since its first one."""
+    if tpot_ms is None:
+        return Stake(context, expected=expected, left_out=left_out)
+    budget = tpot_ms / 1e3
+    if num_after_first >= MIN_TOKENS and since_first_s > MISSED * budget * num_after_first:
+        return Stake(context, expected=expected, left_out=left_out)
+    ahead = budget * num_after_first - since_first_s
+    allowed = budget + min(max(ahead, -0.9 * budget), budget)  # from a tenth of the budget to twice the budget
+    return Stake(context, allowed, expected, max(0.0, ahead + budget * expected), left_out)
+
+
+def choose_rows(stakes: Sequence[Stake], seconds: StepSeconds) -> list[bool]:
+    """Which requests take part in a step: all of them, unless that breaks a budget that leaving some out would keep.
+
+    Requests that cannot wait for another step take part. The others, longest left out first, fill what the tightest budget of
+    those that take part leaves; one of them always does, so that everybody moves.
+    """
+    everybody = seconds(len(stakes), sum(s.context for s in stakes))
+    if not stakes or everybody <= min(s.limit_s for s in stakes):
+        return [True] * len(stakes)
+    chosen = [s.slack_s <= everybody for s in stakes]
+    count, context = sum(chosen), sum(s.context for s, is_in in zip(stakes, chosen, strict=True) if is_in)
+    limit = min((s.limit_s for s, is_in in zip(stakes, chosen, strict=True) if is_in), default=INF)
+    waiting = sorted((i for i, is_in in enumerate(chosen) if not is_in), key=lambda i: (-stakes[i].left_out, stakes[i].slack_s, i))
+    for place, i in enumerate(waiting):
+        limit = min(limit, stakes[i].limit_s)
+        if place and seconds(count + 1, context + stakes[i].context) > limit:
+            break
+        chosen[i] = True
+        count, context = count + 1, context + stakes[i].context
+    return chosen
+
+
+def line_key(priority: int, arrived_s: float, ttft_ms: float | None, now_s: float, prefill_s: float) -> tuple[int, float]:
+    """Place in the waiting line: by priority, then by the deadline of the first token, if it can still be kept."""
+    if ttft_ms is None or arrived_s + ttft_ms / 1e3 < now_s + prefill_s:
+        return priority, arrived_s + PATIENCE_S
+    return priority, arrived_s + ttft_ms / 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Prompt tokens that are to be computed: ``num_tokens`` of them, within ``left_s`` (inf: no budget, or a missed one)."""
+
+    num_tokens: int
+    left_s: float
+
+
+def chunk_tokens(prefills: Sequence[Prefill], decode_s: float, limit_s: float, token_s: float, most: int) -> int:
+    """How many prompt tokens a step may take in, at most ``most``.
+
+    ``decode_s``: the step without them; ``limit_s``: longest step that keeps the budgets of those that decode; ``token_s``:
+    seconds of a prompt token. If the first tokens of ``prefills`` (in their order) would come too late that way, the chunk is
+    the one with the smallest worst overshoot of both.
+    """
+    if math.isinf(limit_s) or token_s <= 0:
+        return most
+    fits = min(max(int((limit_s - decode_s) / token_s), MIN_CHUNK), most)
+    ahead, needs = 0, []
+    for prefill in prefills:
+        ahead += prefill.num_tokens
+        if math.isfinite(prefill.left_s):
+            needs.append((ahead, max(prefill.left_s, 1e-3)))
+
+    def overshoot(chunk: int) -> float:
+        step_s = decode_s + token_s * chunk
+        late = max((math.ceil(tokens / chunk) * step_s / left_s for tokens, left_s in needs), default=0.0)
+        return max(step_s / limit_s, late)
+
+    best = fits
+    chunk = fits
+    while overshoot(best) > 1.0 and chunk < most:
+        chunk = min(2 * chunk, most)
+        if overshoot(chunk) < overshoot(best):
+            best = chunk
+    return best

@@ -1,4 +1,4 @@
-"""The command line: ``dspark serve | generate | chat | bench | train | version``, the same as ``python -m dspark``.
+"""The command line: ``dspark serve | generate | chat | profile | bench | train | version``, the same as ``python -m dspark``.
 
 Every configuration key is a flag; command line wins over environment, environment over file. An error that somebody
 can act on is one line on stderr and exit code 2.
@@ -115,6 +115,12 @@ def _chat(args: argparse.Namespace) -> int:
     return chat(config_from(args).engine, args)
 
 
+def _profile(args: argparse.Namespace) -> int:
+    from dspark.terminal import profile
+
+    return profile(config_from(args).engine, args)
+
+
 def _version(_: argparse.Namespace) -> int:
     print(__version__)
     return 0
@@ -142,6 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message")
     _add_sampling(chat, max_tokens=512)
     _add_config(chat, engine)
+
+    profile = _command(commands, "profile", _profile, "measure what steps cost on this machine, and keep it for the next start")
+    profile.add_argument("--json", action="store_true", help="print the table as JSON")
+    _add_config(profile, engine)
 
     _command(commands, "bench", _version, "measure; see dspark bench --help")  # dispatched in main, listed here
     _command(commands, "train", _version, "train a drafter for a model; see dspark train --help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from dspark.config import EngineConfig
@@ -47,6 +48,31 @@ def chat(config: EngineConfig, args: argparse.Namespace) -> int:
             elif line:
                 messages = _answer(llm, messages, line, params)
     return 0
+
+
+def profile(config: EngineConfig, args: argparse.Namespace) -> int:
+    """Measure the step-cost table afresh, keep it, and print it."""
+    from dspark.workers.build import measure_profile
+
+    table = measure_profile(config, _note)
+    if args.json:
+        print(json.dumps(table))
+    else:
+        print("\n".join(_table_lines(table)))
+    return 0
+
+
+def _table_lines(table: Mapping[str, Any]) -> list[str]:
+    """A cost table for people: seconds as milliseconds, one size a line."""
+    lines = ["tokens  verify ms"]
+    lines += [f"{size:6d}  {1e3 * s:9.2f}" for size, s in zip(table["verify"]["sizes"], table["verify"]["seconds"], strict=True)]
+    lines.append(f"and {1e6 * table['verify_context_s']:.2f} us a position of context, {1e3 * table['prefill_s']:.3f} ms a prompt token")
+    if table["draft"]["seconds"][-1] > 0:
+        lines.append("requests  draft ms  each further position ms")
+        pairs = zip(table["draft"]["sizes"], table["draft"]["seconds"], table["draft_deeper"]["seconds"], strict=True)
+        lines += [f"{size:8d}  {1e3 * s:8.2f}  {1e3 * more:24.3f}" for size, s, more in pairs]
+        lines.append(f"and {1e6 * table['draft_context_s']:.2f} us a position of context")
+    return lines
 
 
 def open_llm(config: EngineConfig) -> LLM:

@@ -5,6 +5,7 @@ The only place where the verifier and the drafter rooms meet.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,8 +104,43 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
     return Loaded(engine, tokenizer, Path(target.name).name, effective, _describe(engine, effective))
 
 
+def measure_profile(config: EngineConfig, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Measure the step-cost table of this configuration and keep it for later starts; its fields as plain values."""
+    loaded = load_engine(config.model_copy(update={"profile": False}), progress)
+    table = measure_costs(loaded.engine, progress)
+    _keep(table, _fingerprint(loaded.engine, config, loaded.config.drafter), progress)
+    return dataclasses.asdict(table)
+
+
 def _costs(engine: Engine, config: EngineConfig, drafter_name: str, progress: Progress) -> CostTable:
     """The step-cost table: from an earlier start if that had the same fingerprint and still holds, otherwise measured."""
+    name = _fingerprint(engine, config, drafter_name)
+    table = load_costs(_costs_folder(), name) if config.profile_cache else None
+    if table is not None and still_holds(engine, table):
+        for line in describe_costs(table):
+            progress(line)
+        progress("(measured at an earlier start)")
+        return table
+    progress("measuring step costs")
+    table = measure_costs(engine, progress)
+    if config.profile_cache:
+        _keep(table, name, progress)
+    return table
+
+
+def _costs_folder() -> Path:
+    return default_cache() / "costs"
+
+
+def _keep(table: CostTable, name: str, progress: Progress) -> None:
+    try:
+        save_costs(_costs_folder(), name, table)
+    except OSError as error:
+        progress(f"the step costs cannot be kept for the next start: {error}")
+
+
+def _fingerprint(engine: Engine, config: EngineConfig, drafter_name: str) -> str:
+    """Of everything that a step's cost hangs on."""
     target, drafter = engine.target, engine.drafter
     facts = {
         "model": target.model.config.to_json_string(),
@@ -115,21 +151,7 @@ def _costs(engine: Engine, config: EngineConfig, drafter_name: str, progress: Pr
         "drafter": [Path(drafter_name).name, drafter.block_size, getattr(getattr(drafter, "module", None), "config", None)],
         "limits": [engine.options.limits.max_num_seqs, engine.options.limits.max_batch_tokens, config.draft_law_width],
     }
-    folder, name = default_cache() / "costs", fingerprint(facts)
-    table = load_costs(folder, name) if config.profile_cache else None
-    if table is not None and still_holds(engine, table):
-        for line in describe_costs(table):
-            progress(line)
-        progress("(measured at an earlier start)")
-        return table
-    progress("measuring step costs")
-    table = measure_costs(engine, progress)
-    if config.profile_cache:
-        try:
-            save_costs(folder, name, table)
-        except OSError as error:
-            progress(f"the step costs cannot be kept for the next start: {error}")
-    return table
+    return fingerprint(facts)
 
 
 def _describe(engine: Engine, config: EngineConfig) -> dict[str, Any]:

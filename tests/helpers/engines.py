@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,16 +43,19 @@ def tiny_target(name: str = "llama", seed: int = 0) -> Target:
 
 
 def make_engine(target: Target, drafter: Drafter | None = None, pool: BlockPool | None = None, **options: Any) -> Engine:
-    """An engine over a tiny target; options: num_blocks, speculation, costs, tokenizer, and those of Limits."""
+    """An engine over a tiny target; options: num_blocks, speculation, costs, tokenizer, overlapped, clock, and those of Limits."""
     num_blocks = options.pop("num_blocks", 128)
     speculation = Speculation.parse(options.pop("speculation", "adaptive"))
     costs = options.pop("costs", None)
     tokenizer = options.pop("tokenizer", None)
     max_queued = options.pop("max_queued", 256)
+    overlapped = options.pop("overlapped", False)
+    clock = options.pop("clock", time.perf_counter)
     pool = pool or BlockPool(num_blocks)
     limits = Limits(**({"max_num_seqs": 32, "max_batch_tokens": 64} | options))
     length = min(target.max_position, pool.num_blocks * pool.block_size)
-    engine = Engine(target, pool, drafter or NoDrafter(), EngineOptions(length, limits, max_queued, speculation), tokenizer)
+    settings = EngineOptions(length, limits, max_queued, speculation, overlapped=overlapped)
+    engine = Engine(target, pool, drafter or NoDrafter(), settings, tokenizer, clock)
     if costs is not None:
         engine.set_costs(costs)
     return engine

@@ -240,3 +240,21 @@ def test_as_a_module_and_into_a_closed_pipe() -> None:
     with subprocess.Popen([*python, "version"], stdout=writer, stderr=subprocess.PIPE, text=True) as piped:
         os.close(writer)
         assert piped.communicate()[1] == ""
+
+
+def test_profile_measures_and_keeps_a_table(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path / "cache"))
+    flags = ["--model", str(tiny_folder), "--dtype", "float32", "--kv-tokens", "2048", "--drafter", "ngram"]
+    assert main(["profile", "--json", *flags]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["verify"]["sizes"][0] == 1
+    assert all(a <= b for a, b in zip(table["verify"]["seconds"], table["verify"]["seconds"][1:], strict=False))
+    assert len(list((tmp_path / "cache" / "costs").glob("*.json"))) == 1
+    monkeypatch.setattr("dspark.workers.build.still_holds", lambda engine, table: True)
+    assert main(["generate", "ab", "--max-tokens", "4", *flags]) == 0
+    said = capsys.readouterr().err
+    assert "measured at an earlier start" in said, "the engine starts with the table that was kept"
+    assert main(["profile", *flags]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["tokens", "verify", "ms"]

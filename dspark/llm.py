@@ -181,7 +181,7 @@ class LLM:
         try:
             mode = Speculation.parse(text)
         except (AttributeError, ValueError):
-            raise BadRequest(f"speculation must be off, static:K or adaptive, not {text!r}", "speculation") from None
+            raise BadRequest(f"speculation must be off, static:K, adaptive, shadow or tree:NODES, not {text!r}", "speculation") from None
         if mode.mode is not Mode.OFF and self._loaded.engine.drafter.block_size == 0:
             raise BadRequest(f"speculation {text!r} needs a drafter, and this engine has none", "speculation")
         return mode

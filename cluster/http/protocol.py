@@ -46,7 +46,7 @@ class StreamOptions(_Strict):
 
 
 class SpeculationField(_Strict):
-    mode: Literal["off", "static", "adaptive"]
+    mode: Literal["off", "static", "adaptive", "shadow"]
     max_draft_tokens: int | None = None
 
 

@@ -49,7 +49,8 @@ class EngineConfig(BaseModel):
             try:
                 Speculation.parse(value)
             except ValueError:
-                raise ValueError("should be off, static:K, adaptive[:K], shadow[:K] or tree[:NODES[:K]] with K and NODES from 1 to 64") from None
+                forms = "off, static:K, adaptive[:K], shadow[:K] or tree[:NODES[:K]]"
+                raise ValueError(f"should be {forms} with K and NODES from 1 to 64") from None
         return value
 
 

@@ -94,9 +94,9 @@ def test_an_old_budget_is_used_where_a_schedule_could_bias(target: Target, monke
     seen: list[Any] = []
     inner = DraftPlanner._count
 
-    def spy(self: DraftPlanner, ranking: Any, survival: Any, num_rows: int, seconds: Any, can_look_ahead: bool) -> int:
+    def spy(self: DraftPlanner, ranking: Any, num_rows: int, seconds: Any, can_look_ahead: bool) -> int:
         old = self._history[0] if len(self._history) == LAG else None
-        count = inner(self, ranking, survival, num_rows, seconds, can_look_ahead)
+        count = inner(self, ranking, num_rows, seconds, can_look_ahead)
         if not can_look_ahead and old is not None:
             seen.append((count, best_count(old, num_rows, seconds)))
         return count

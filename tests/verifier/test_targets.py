@@ -69,7 +69,7 @@ class Driver:
 
     def commit(self, name: str, computed: int, new: list[int]) -> None:
         sequence = self.sequences[name]
-        sequence.append(tuple(new))
+        sequence.append(tuple(new), 0.0)
         before, sequence.num_computed = sequence.num_computed, computed
         self.pool.shrink(name, computed)
         for index in range(before // 16, computed // 16):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark.kernels.buckets import pad_rows
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
 from dspark.workers.drafter.acceptance import AcceptanceEstimator
@@ -75,11 +76,12 @@ class LocalDrafter:
         fed = [(turn, count) for turn in turns if (count := _num_usable(turn)) > 0]
         if not fed:
             return
-        features = torch.cat([turn.features[:count] for turn, count in fed]).to(self.module.fc.weight.dtype)
-        positions = torch.cat([torch.arange(turn.feature_start, turn.feature_start + count) for turn, count in fed])
+        features = pad_rows(torch.cat([turn.features[:count] for turn, count in fed]).to(self.module.fc.weight.dtype))
         slots = torch.cat([self._slots(turn.request_id, turn.feature_start, count) for turn, count in fed]).to(self._device)
+        positions = torch.zeros(len(features), dtype=torch.int64)
+        positions[: len(slots)] = torch.cat([torch.arange(turn.feature_start, turn.feature_start + count) for turn, count in fed])
         for layer, (k, v) in enumerate(self.module.context_kv(features, positions.to(self._device))):
-            self.pools.write(layer, slots, k, v)
+            self.pools.write(layer, slots, k[: len(slots)], v[: len(slots)])
 
     @torch.no_grad()
     def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:

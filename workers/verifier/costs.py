@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -136,19 +136,27 @@ class LiveCosts:
 
     REFRESH_EVERY = 16  # steps; a new table costs a millisecond
 
-    def __init__(self, measured: CostTable, max_tokens: int) -> None:
+    def __init__(self, measured: CostTable, max_tokens: int, padded: Callable[[int], int] = int) -> None:
+        """``padded``: the size that a step of so many tokens is padded to."""
         self.measured = measured
         self.table = measured
         self._max_tokens = max_tokens
+        self._padded = np.minimum([padded(size) for size in range(max_tokens + 1)], max_tokens)
         self._verify = Correction(measured.verify.sizes)
         self._draft = Correction(measured.draft.sizes)
         self._num_observed = 0
         self._dense = measured.verify.dense(max_tokens)
 
-    def extra_seconds(self, base_tokens: int, context_tokens: int, max_extra: int) -> Floats:
-        """Seconds [n + 1] of a step with ``base_tokens`` and 0 .. n more, n the largest that was asked for and is tabled."""
+    def extra_seconds(self, base_tokens: int, context_tokens: int, max_extra: int, with_padding: bool = True) -> Floats:
+        """Seconds [n + 1] of a step with ``base_tokens`` and 0 .. n more, n the largest that was asked for and is tabled.
+
+        ``with_padding``: a staircase, as steps are padded; otherwise the curve through it.
+        """
         last = min(base_tokens + max_extra, self._max_tokens)
-        return self._dense[base_tokens : last + 1] + self.table.verify_context_s * context_tokens
+        sizes = slice(base_tokens, last + 1)
+        dense = self._dense[self._padded[sizes]] if with_padding else self._dense[sizes]
+        seconds: Floats = dense + self.table.verify_context_s * context_tokens
+        return seconds
 
     def observe_verify(self, num_tokens: int, context_tokens: int, seconds: float) -> None:
         """A decode step (no prompt tokens) took ``seconds``, the judge included."""

@@ -55,9 +55,10 @@ class StepShape:
         decode = sum(s.num_known for s in shares if s.num_known == 1)
         return StepShape(decode, sum(s.num_known for s in shares) - decode, sum(s.context for s in shares))
 
-    def seconds(self, costs: LiveCosts, max_extra: int) -> Floats:
+    def seconds(self, costs: LiveCosts, max_extra: int, with_padding: bool = True) -> Floats:
         """Seconds [k + 1] of the step with 0 .. k drafted tokens."""
-        return costs.extra_seconds(self.decode_tokens, self.context, max_extra) + costs.table.prefill_s * self.prefill_tokens
+        decode = costs.extra_seconds(self.decode_tokens, self.context, max_extra, with_padding)
+        return decode + costs.table.prefill_s * self.prefill_tokens
 
 
 @dataclass(slots=True)
@@ -126,8 +127,10 @@ class DraftPlanner:
         num_rows = sum(s.samples for s in shares)
         shape = StepShape.of(shares)
         fixed = sum(s.num_draft for s in shares)
-        seconds = shape.seconds(costs, fixed + min(left, survival.size))[fixed:]
-        count = self._count(ranking, survival, num_rows, seconds, all(_cannot_be_biased(s.sequence) for s in trimmed))
+        can_look_ahead = all(_cannot_be_biased(s.sequence) for s in trimmed)
+        # an early stop would stop in front of every stair
+        seconds = shape.seconds(costs, fixed + min(left, survival.size), can_look_ahead or self.looks_back)[fixed:]
+        count = self._count(ranking, num_rows, seconds, can_look_ahead)
         pace = _pace(trimmed, shares)
         if not pace.is_free and trimmed:
             count = self._count_within(ranking, survival, num_rows, seconds + draft_s, pace, count, trimmed)
@@ -138,7 +141,7 @@ class DraftPlanner:
         self._history.append(ranking)
         self.policy.observe(survival)
 
-    def _count(self, ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, can_look_ahead: bool) -> int:
+    def _count(self, ranking: Ranking, num_rows: int, seconds: Floats, can_look_ahead: bool) -> int:
         """How many drafted tokens are worth verifying."""
         if can_look_ahead:
             return best_count(ranking, num_rows, seconds)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dspark.errors import BadRequest, Overloaded
+from dspark.kernels.buckets import pad_rows, padded_size
 from dspark.types import Drafter, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
 from dspark.workers.verifier.aside import Aside
 from dspark.workers.verifier.blocks import BlockPool
@@ -105,7 +106,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.runner = Runner(target, pool, drafter.taps)
         self.drafts = DraftPlanner(DraftPolicy(drafter.block_size), looks_back=options.overlapped)
-        self.scheduler = Scheduler(pool, options.limits, self.drafts)
+        padded = partial(padded_size, device=target.device, dtype=target.dtype)
+        self.scheduler = Scheduler(pool, options.limits, self.drafts, padded)
         self.aside = Aside()
         self.survival: SurvivalEstimator = HeadSurvival()
         self.counters = EngineCounters()
@@ -118,7 +120,7 @@ class Engine:
     def set_costs(self, costs: CostTable) -> None:
         """Let adaptive speculation trim by this table; without one it verifies every draft."""
         most = self.options.limits.max_batch_tokens
-        self.drafts.costs = LiveCosts(costs, most)
+        self.drafts.costs = LiveCosts(costs, most, self.scheduler.padded)
 
     def add(self, request: Request) -> None:
         """Queue a request; BadRequest names the field, Overloaded when too many wait."""
@@ -308,7 +310,8 @@ class Engine:
         features: list[Tensor | None] = [None] * len(advances)
         if taps is not None and advances:
             rows = [i for a in advances for i in range(a.flat, a.flat + a.count)]
-            features = list(self.drafter.project(taps[rows]).split([a.count for a in advances]))
+            projected = self.drafter.project(pad_rows(taps[rows]))[: len(rows)]
+            features = list(projected.split([a.count for a in advances]))
         depth = self.drafts.depth(self.scheduler.running)
         turns = []
         for advance, feature in zip(advances, features, strict=True):

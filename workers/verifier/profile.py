@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from dspark.kernels.buckets import pays
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, DraftTurn, PlanRow, Request, Speculation, VerifyPlan
 from dspark.workers.verifier.costs import CostTable, Curve
@@ -30,6 +31,7 @@ def measure_costs(engine: Engine, progress: Callable[[str], None]) -> CostTable:
     assert not engine.has_work, "the cost table is measured on an idle engine"
     begin = time.perf_counter()
     scratch = _Scratch(engine)
+    warm_up(engine)
     verify, verify_context_s = _measure_verify(scratch)
     prefill_s = scratch.prefill_token_seconds()
     table = CostTable(verify, verify_context_s=verify_context_s, prefill_s=prefill_s)
@@ -40,6 +42,16 @@ def measure_costs(engine: Engine, progress: Callable[[str], None]) -> CostTable:
         progress(line)
     progress(f"measured in {time.perf_counter() - begin:.1f} s")
     return table
+
+
+def warm_up(engine: Engine) -> None:
+    """Run every size that steps are padded to once, so that no request waits for a kernel to be compiled."""
+    if not pays(engine.target.device, engine.target.dtype):
+        return
+    scratch = _Scratch(engine)
+    most = min(engine.options.limits.max_batch_tokens, MAX_TOKENS, scratch.max_rows * ROW_TOKENS)
+    for size in sorted({engine.scheduler.padded(n) for n in range(1, most + 1)}):
+        scratch.run_once(size)
 
 
 def describe(table: CostTable) -> list[str]:
@@ -56,7 +68,8 @@ def describe(table: CostTable) -> list[str]:
 
 
 def still_holds(engine: Engine, table: CostTable) -> bool:
-    """Whether steps of two sizes take about what the table says."""
+    """Whether steps of two sizes take about what the table says. Warms the engine up."""
+    warm_up(engine)
     scratch = _Scratch(engine)
     for num_tokens in (1, 16):
         if num_tokens > scratch.max_rows * ROW_TOKENS:
@@ -121,7 +134,14 @@ class _Scratch:
         pool = self.engine.pool
         return min(FAR, self.engine.options.max_model_len // 2, pool.num_free // num_rows * pool.block_size - ROW_TOKENS)
 
-    def verify_seconds(self, size: int, context: int) -> float:
+    def run_once(self, size: int) -> None:
+        """A step of ``size`` tokens, and as many rows for the drafter."""
+        self.verify_seconds(size, NEAR, _seconds)
+        engine, taps = self.engine, self.engine.drafter.taps
+        if taps:
+            _use(engine.drafter.project(torch.zeros(size, len(taps) * engine.target.hidden_size, dtype=engine.target.dtype)))
+
+    def verify_seconds(self, size: int, context: int, measure: Callable[[Callable[[], None]], float] | None = None) -> float:
         """Seconds of a step of ``size`` tokens in rows of anchor and drafts: forward, and the judge on every row."""
         engine = self.engine
         lengths = [ROW_TOKENS] * (size // ROW_TOKENS) + ([size % ROW_TOKENS] if size % ROW_TOKENS else [])
@@ -134,7 +154,7 @@ class _Scratch:
             result = engine.runner.forward(plan, by_id)
             judge(result.logits, [_item(s, row, first) for s, row, first in zip(sequences, rows, result.first_row, strict=True)])
 
-        seconds = _median_seconds(step)
+        seconds = (measure or _median_seconds)(step)
         self._close(sequences)
         return seconds
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark.kernels.buckets import padded_size
 from dspark.kernels.paged_attention import AttentionRow, PagedBatch
 from dspark.types import PlanRow, VerifyPlan
 from dspark.workers.verifier.attention import KVStore, PagedStep, embedding_hook, tap_hook
@@ -74,16 +75,17 @@ class Runner:
             positions.extend(range(begin, end))
             slots.extend(self._slots(table, begin, end))
         padding = plan.token_bucket - len(ids)
+        spare = padded_size(len(wanted), device, self.target.dtype) - len(wanted)
         step = PagedStep(self.store, PagedBatch.plan(rows, self.pool.block_size, device), torch.tensor(slots, device=device))
         output = self.target.model(
             torch.tensor([ids + [0] * padding], device=device),
             position_ids=torch.tensor([positions + [0] * padding], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=device),
+            logits_to_keep=torch.tensor(wanted + [0] * spare, dtype=torch.int64, device=device),
             step=step,
         )
         taps = torch.cat([step.taps[tap][: len(ids)] for tap in self.taps], dim=-1) if self.taps else None
-        return StepResult(output.logits[0], first_row, num_scored, taps)
+        return StepResult(output.logits[0, : len(wanted)], first_row, num_scored, taps)
 
     def _slots(self, table: object, begin: int, end: int) -> list[int]:
         size = self.pool.block_size

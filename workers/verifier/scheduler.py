@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dspark.types import PlanRow, VerifyPlan
@@ -43,6 +44,7 @@ class Scheduler:
     pool: BlockPool
     limits: Limits
     drafts: DraftPlanner
+    padded: Callable[[int], int] = int  # the token count that a step of so many is padded to
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     counters: SchedulerCounters = field(default_factory=SchedulerCounters)
@@ -108,7 +110,7 @@ class Scheduler:
                 share.num_draft -= 1  # drafts never take blocks from anybody
             share.num_commit = min(share.num_commit, share.num_draft)
         planned = tuple(PlanRow(s.sequence.id, s.sequence.num_computed, s.num_known, s.num_draft, s.samples, s.num_commit) for s in rows)
-        return VerifyPlan(planned, sum(row.num_tokens for row in planned))
+        return VerifyPlan(planned, self.padded(sum(row.num_tokens for row in planned)))
 
     def commit(self, sequence: Sequence, num_computed: int) -> None:
         """Note that positions ``< num_computed`` hold committed KV; blocks beyond go back, full ones become findable."""

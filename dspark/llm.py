@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from dspark.workers.build import Loaded
+    from dspark.workers.verifier.engine import Engine
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or chat messages
 log = logging.getLogger("dspark")
@@ -87,6 +88,11 @@ class LLM:
     def config(self) -> EngineConfig:
         """The settings in force; nothing in them is ``auto`` any more."""
         return self._loaded.config
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself, to look at or to instrument; it belongs to its own thread while requests run."""
+        return self._loaded.engine
 
     def describe(self) -> dict[str, Any]:
         """The effective configuration, with the architecture and the KV capacity."""

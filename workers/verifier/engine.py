@@ -34,6 +34,9 @@ from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.text import TextStream
 
 
+Judge = Callable[[Tensor, Seq[JudgeItem]], list[Verdict]]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Settings of an engine that are not about memory or the model."""
@@ -110,6 +113,7 @@ class Engine:
         self.scheduler = Scheduler(pool, options.limits, self.drafts, padded)
         self.aside = Aside()
         self.survival: SurvivalEstimator = HeadSurvival()
+        self.judge: Judge = judge
         self.counters = EngineCounters()
         self.sequences: dict[str, Sequence] = {}
 
@@ -202,9 +206,9 @@ class Engine:
     def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:
         rows = [(row, first) for row, first in zip(plan.rows, result.first_row, strict=True) if row.samples]
         items = [self._item(row, first, row.num_commit) for row, first in rows]
-        verdicts = judge(result.logits, items) if items else []
+        verdicts = self.judge(result.logits, items) if items else []
         if whole := [self._item(row, first, row.num_draft) for row, first in rows if row.num_commit < row.num_draft]:
-            self.counters.shadow_accepted += sum(verdict.accepted for verdict in judge(result.logits, whole))
+            self.counters.shadow_accepted += sum(verdict.accepted for verdict in self.judge(result.logits, whole))
         return {item.request_id: verdict for item, verdict in zip(items, verdicts, strict=True)}
 
     def _item(self, row: PlanRow, first_row: int, num_draft: int) -> JudgeItem:

@@ -1,24 +1,30 @@
-"""``dspark bench offline | online | report``: flags in, tables and JSON lines out."""
+"""``dspark bench offline | online | mixed | report``: flags in, tables and JSON lines out."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
 from dspark.bench.compare import ComparePlan, run_compare
 from dspark.bench.flags import COMPARE_DEFAULTS, LOAD_DEFAULTS, make_parser, settle
 from dspark.bench.http_client import Ask
+from dspark.bench.load import Load
 from dspark.bench.metrics import Limits
+from dspark.bench.mixed import MixedPlan, run_mixed
 from dspark.bench.modes import parse_modes
 from dspark.bench.offline import OfflinePlan, check_lossless, run_offline
-from dspark.bench.online import Load, OnlinePlan, run_online
-from dspark.bench.report import draw, print_report, rates_by_point, read_lines
+from dspark.bench.online import OnlinePlan, run_online
+from dspark.bench.plots import draw
+from dspark.bench.report import report
+from dspark.bench.results import offline, read_lines
 from dspark.bench.runners import Source
 from dspark.bench.server_process import free_port, running, serve_command
+from dspark.bench.sweep import Held, make_levels
+from dspark.bench.synthetic import SyntheticAcceptance
 from dspark.errors import ConfigError
 
 SERVER_START_S = 300.0
@@ -26,33 +32,46 @@ SERVER_START_S = 300.0
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; the exit code is 1 when a check or a request failed. DSparkError if it cannot run at all."""
-    args = make_parser(_offline, _online, _report).parse_args(argv)
+    args = make_parser(_offline, _online, _mixed, _report).parse_args(argv)
     return int(args.run(args))
 
 
 def _offline(args: argparse.Namespace) -> int:
-    plan = OfflinePlan(
-        modes=tuple(parse_modes(args.modes)),
+    plan = _offline_plan(args)
+    checks = args.check_lossless or args.check_only
+    if plan.synthetic is not None and checks:
+        raise ConfigError("--synthetic-acceptance makes worthless text: there is nothing to check with --check-lossless")
+    if args.resume and args.json is None:
+        raise ConfigError("--resume reads the file that --json names, and there is none")
+    held = Held(read_lines([args.json])) if args.resume and args.json.exists() else None
+    folder = args.model or _embedded_model()
+    source = Source(args.model, folder, args.drafter, max(args.concurrency), args.max_model_len, args.kv_tokens, plan.synthetic)
+    encode = _chat_encoder(folder)
+    is_lossless = not checks or check_lossless(plan, source.open, encode)
+    if not args.check_only:
+        with _json_out(args.json) as out:
+            run_offline(plan, source.open, encode, out, held)
+    return 0 if is_lossless else 1
+
+
+def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
+    synthetic = SyntheticAcceptance.parse(args.synthetic_acceptance) if args.synthetic_acceptance is not None else None
+    modes = tuple(parse_modes(args.modes, args.drivers))
+    if synthetic is not None and any(mode.name == "tree" for mode in modes):
+        raise ConfigError("--synthetic-acceptance says nothing about siblings: leave tree out of --modes")
+    return OfflinePlan(
+        modes=modes,
         dtype=args.dtype,
         folder=args.prompts,
         sets=args.sets,
-        levels=args.concurrency,
+        levels=make_levels(args.concurrency, args.requests, args.max_tokens),
         temperatures=args.temperature,
         rules=args.acceptance,
-        max_tokens=args.max_tokens,
-        requests=args.requests,
         repeats=args.repeats,
         max_prompt_tokens=args.max_prompt_tokens,
         ignore_eos=args.ignore_eos,
+        synthetic=synthetic,
     )
-    folder = args.model or _embedded_model()
-    source = Source(args.model, folder, args.drafter, max(args.concurrency), args.max_model_len, args.kv_tokens)
-    encode = _chat_encoder(folder)
-    is_lossless = not (args.check_lossless or args.check_only) or check_lossless(plan, source.open, encode)
-    if not args.check_only:
-        with _json_out(args.json) as out:
-            run_offline(plan, source.open, encode, out)
-    return 0 if is_lossless else 1
 
 
 def _online(args: argparse.Namespace) -> int:
@@ -63,18 +82,25 @@ def _online(args: argparse.Namespace) -> int:
     settle(args, LOAD_DEFAULTS, COMPARE_DEFAULTS, "can only be used with --compare-in-process: a server has its own settings")
     if args.url is None:
         raise ConfigError("--url names the server to measure, for example --url http://127.0.0.1:8000")
+    if args.classes and (args.ttft_ms is not None or args.tpot_ms is not None):
+        raise ConfigError("--class has limits of its own: leave --ttft-ms and --tpot-ms out")
+    if args.without_budgets and not args.classes:
+        raise ConfigError("--without-budgets hides the budgets of --class, and there is none")
     rates = [Load(rate_per_s=rate) for rate in args.rate]
     plan = OnlinePlan(
         url=args.url,
         ask=ask,
         api_key=args.api_key,
         folder=args.prompts,
-        sets=args.sets,
+        sets=args.trace or args.sets,
         loads=tuple(rates or [Load(concurrency=level) for level in args.concurrency]),
         requests=args.requests,
         limits=Limits(args.ttft_ms, args.tpot_ms),
         seed=args.seed,
         timeout_s=args.timeout,
+        trace=bool(args.trace),
+        classes=tuple(args.classes),
+        tells_budgets=not args.without_budgets,
     )
     with _json_out(args.json) as out:
         return 1 if asyncio.run(run_online(plan, out)) else 0
@@ -109,13 +135,36 @@ def _compare(args: argparse.Namespace, ask: Ask) -> int:
     return 0
 
 
+def _mixed(args: argparse.Namespace) -> int:
+    """Start an adaptive and a plain server, both for the whole run: idle processes weigh on all alike."""
+    plan = MixedPlan(
+        ask=Ask("", args.max_tokens, args.temperature, args.ignore_eos),
+        folder=args.prompts,
+        sets=args.trace,
+        rates=args.rates,
+        classes=tuple(args.classes or ()),
+        requests=args.requests,
+        repeats=args.repeats,
+        seed=args.seed,
+        timeout_s=args.timeout,
+    )
+    with _json_out(args.json) as out, ExitStack() as servers:
+        urls: list[str] = []
+        for settings in (["--speculation", "adaptive", "--drafter", args.drafter], ["--speculation", "off", "--drafter", "none"]):
+            port = free_port()
+            urls.append(f"http://127.0.0.1:{port}")
+            command = serve_command(args.model, port, [*settings, "--dtype", args.dtype, *args.server_flags])
+            servers.enter_context(running(command, urls[-1], SERVER_START_S))
+        return 1 if run_mixed(plan, urls[0], urls[1], out) else 0
+
+
 def _report(args: argparse.Namespace) -> int:
-    rates = rates_by_point(read_lines(args.files))
-    if not rates:
+    records = offline(read_lines(args.files))
+    if not records:
         raise ConfigError("these files hold no offline results to compare")
-    print_report(rates, args.baseline)
+    report(records, args.baseline)
     if args.png is not None:
-        draw(rates, args.png)
+        draw(records, args.png)
         print(f"wrote {args.png}")
     return 0
 

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from dspark.bench.http_client import Answer, Ask
+from dspark.bench.http_client import Ask
 from dspark.bench.in_process import Streams, run_in_process
+from dspark.bench.load import Load, Measured, as_record, connect, find_model, run_load
 from dspark.bench.machine import describe_machine, source_commit
-from dspark.bench.metrics import Limits, LoadSummary, median
-from dspark.bench.online import Load, as_record, connect, find_model, run_load, summarize_answers
+from dspark.bench.metrics import LoadSummary, median
 from dspark.bench.prompt_sets import load_set, take
 from dspark.bench.tables import Column, Table
+from dspark.bench.traffic import Job
 from dspark.errors import DSparkError
 
 COLUMNS = [
@@ -109,18 +110,18 @@ def compare_point(plan: ComparePlan, ask: Ask, work: Sequence[str], level: int, 
 
 def _measure(plan: ComparePlan, side: str, ask: Ask, work: Sequence[str], level: int, llm: Streams) -> LoadSummary:
     if side == "http":
-        answers, seconds = asyncio.run(_over_http(plan, ask, work, level))
+        measured = asyncio.run(_over_http(plan, ask, work, level))
     else:
-        answers, seconds = run_in_process(llm, ask, work, level)
-    summary, errors = summarize_answers(answers, seconds, Limits())
+        measured = run_in_process(llm, [Job(ask, prompt) for prompt in work], level)
+    summary, errors = measured.summary(), measured.errors
     if errors:
         raise DSparkError(f"{side}: {summary.errors} of {summary.requests} requests failed: {errors.most_common(1)[0][0]}")
     return summary
 
 
-async def _over_http(plan: ComparePlan, ask: Ask, work: Sequence[str], level: int) -> tuple[list[Answer], float]:
+async def _over_http(plan: ComparePlan, ask: Ask, work: Sequence[str], level: int) -> Measured:
     async with connect(plan.url, plan.api_key, plan.timeout_s) as client:
-        return await run_load(client, ask, work, Load(concurrency=level), seed=0)
+        return await run_load(client, [Job(ask, prompt) for prompt in work], Load(concurrency=level), seed=0)
 
 
 async def _find_model(plan: ComparePlan) -> str:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from dspark.bench.modes import KNOWN
 from dspark.bench.prompt_sets import DEFAULT_FOLDER, DEFAULT_SETS
+from dspark.bench.traffic import ServiceClass
 from dspark.errors import ConfigError
 from dspark.sampling import AcceptanceRule
 
 # Flags of `online` that mean something to one kind of run only; the other kind refuses them.
-LOAD_DEFAULTS: Mapping[str, object] = {"rate": (), "seed": 0, "ttft_ms": None, "tpot_ms": None}
+LOAD_DEFAULTS: Mapping[str, object] = {
+    "rate": (),
+    "seed": 0,
+    "ttft_ms": None,
+    "tpot_ms": None,
+    "trace": (),
+    "classes": (),
+    "without_budgets": False,
+}
 COMPARE_DEFAULTS: Mapping[str, object] = {
     "engine_model": None,
     "drafter": "auto",
@@ -21,19 +32,21 @@ COMPARE_DEFAULTS: Mapping[str, object] = {
     "dtype": "bfloat16",
     "repeats": 3,
 }
+FLAGS = {"classes": "--class"}  # where a flag is not named as what it sets
 DTYPES = ("bfloat16", "float16", "float32")
 Command = Callable[[argparse.Namespace], int]
 T = TypeVar("T")
 
 
-def make_parser(offline: Command, online: Command, report: Command) -> argparse.ArgumentParser:
+def make_parser(offline: Command, online: Command, mixed: Command, report: Command) -> argparse.ArgumentParser:
     """The parser of all commands; ``run`` of what it returns is the chosen one."""
     parser = argparse.ArgumentParser("dspark bench", description="Measure speculation, servers, and what they add.", allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, add_flags, text in (
         ("offline", offline, _add_offline, "modes of speculation against each other, in this process"),
         ("online", online, _add_online, "load on an OpenAI-compatible server"),
-        ("report", report, _add_report, "ratios between the modes in result files"),
+        ("mixed", mixed, _add_mixed, "goodput of mixed traffic: adaptive with and without latency budgets, and plain, on own servers"),
+        ("report", report, _add_report, "ratios between the modes in result files, and their curves"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(run=run)
@@ -43,7 +56,7 @@ def make_parser(offline: Command, online: Command, report: Command) -> argparse.
 
 def settle(args: argparse.Namespace, used: Mapping[str, object], refused: Mapping[str, object], why: str) -> None:
     """Fill in the defaults of one kind of run; ConfigError for flags of the other kind."""
-    given = ["--" + name.replace("_", "-") for name in refused if hasattr(args, name)]
+    given = [FLAGS.get(name, "--" + name.replace("_", "-")) for name in refused if hasattr(args, name)]
     if given:
         raise ConfigError(f"{', '.join(given)} {why}")
     for name, value in used.items():
@@ -51,25 +64,34 @@ def settle(args: argparse.Namespace, used: Mapping[str, object], refused: Mappin
             setattr(args, name, value)
 
 
-def _add_common(parser: argparse.ArgumentParser, levels: tuple[int, ...]) -> None:
-    """What both measuring commands ask and how often."""
-    shown = ",".join(map(str, levels))
-    parser.add_argument("--sets", type=_list_of(str), default=DEFAULT_SETS, metavar="A,B", help="prompt sets: NAME.jsonl in --prompts")
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: the sets chat, code, math")
-    parser.add_argument("--concurrency", type=_list_of(_positive), default=levels, metavar="N,M", help=f"streams at once (default {shown})")
-    parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="new tokens a request (default 128)")
-    parser.add_argument("--requests", type=_positive, metavar="N", help="requests at each point (default: by the load)")
     parser.add_argument("--ignore-eos", action="store_true", help="always generate --max-tokens")
     parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a result")
 
 
+def _add_levels(parser: argparse.ArgumentParser, levels: tuple[int, ...]) -> None:
+    shown = ",".join(map(str, levels))
+    parser.add_argument("--concurrency", type=_list_of(_positive), default=levels, metavar="N,M", help=f"streams at once (default {shown})")
+
+
+def _add_sets(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--sets", type=_list_of(str), default=DEFAULT_SETS, metavar="A,B", help="prompt sets: NAME.jsonl in --prompts")
+
+
 def _add_offline(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, (1, 4, 16))
+    _add_sets(parser)
+    _add_prompts(parser)
+    _add_levels(parser, (1, 4, 16))
     modes = "plain,static:3,adaptive"
     rules = (AcceptanceRule.RATIO,)
+    tokens, requests = "new tokens a request, for all levels or for each", "requests, for all levels or for each (default: one a stream)"
+    parser.add_argument("--max-tokens", type=_list_of(_positive), default=(128,), metavar="N,M", help=f"{tokens} (default 128)")
+    parser.add_argument("--requests", type=_list_of(_positive), metavar="N,M", help=requests)
     parser.add_argument("--model", help="folder or hub name (default: the embedded model)")
     parser.add_argument("--drafter", default="auto", help="auto, none, ngram, or a folder (default auto)")
-    parser.add_argument("--modes", default=modes, help=f"of plain, static:K, adaptive, adaptive:K, transformers (default {modes})")
+    parser.add_argument("--modes", default=modes, help=f"of {KNOWN} (default {modes})")
+    parser.add_argument("--drivers", type=_list_of(str), default=("",), metavar="A,B", help="of plain, overlapped: every mode under each")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     parser.add_argument("--temperature", type=_list_of(_number), default=(0.0,), metavar="T,U", help="default 0.0")
     parser.add_argument("--acceptance", type=_list_of(_rule), default=rules, metavar="A,B", help="of ratio, coupled (default ratio)")
@@ -77,12 +99,25 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-prompt-tokens", type=_positive, default=1200, metavar="N", help="skip longer prompts (default 1200)")
     parser.add_argument("--max-model-len", type=_positive, metavar="N", help="default: the model's")
     parser.add_argument("--kv-tokens", type=_positive, metavar="N", help="KV pool of each engine (default: from free memory)")
+    parser.add_argument("--resume", action="store_true", help="skip points that the --json file holds for this machine and commit")
+    parser.add_argument(
+        "--synthetic-acceptance",
+        metavar="CURVE",
+        help="force acceptance, at real cost: a rate (0.8), or accepted lengths for 1, 2, … drafts (1.84,2.51,…)",
+    )
     parser.add_argument("--check-lossless", action="store_true", help="first compare greedy tokens of every mode with plain, in fp32")
     parser.add_argument("--check-only", action="store_true", help="only that comparison, no measurement")
 
 
 def _add_online(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, (1, 8))
+    sets = parser.add_mutually_exclusive_group()
+    _add_sets(sets)
+    trace = "sets mixed at random instead of one after the other, for example chat,code,math"
+    sets.add_argument("--trace", type=_list_of(str), default=argparse.SUPPRESS, metavar="A,B", help=trace)
+    _add_prompts(parser)
+    _add_levels(parser, (1, 8))
+    parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="new tokens a request (default 128)")
+    parser.add_argument("--requests", type=_positive, metavar="N", help="requests at each point (default: by the load)")
     parser.add_argument("--url", metavar="URL", help="base URL of the server, with or without /v1")
     parser.add_argument("--model", help="name to ask for (default: the first that the server lists)")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="bearer token (default: OPENAI_API_KEY)")
@@ -92,9 +127,11 @@ def _add_online(parser: argparse.ArgumentParser) -> None:
     # Absent means not given, so that the other kind of run can refuse it: see settle.
     load = parser.add_argument_group("load", argument_default=argparse.SUPPRESS)
     load.add_argument("--rate", type=_list_of(_over_zero), metavar="R,S", help="Poisson arrivals a second, instead of --concurrency")
-    load.add_argument("--seed", type=int, metavar="N", help="of the arrival times (default 0)")
+    load.add_argument("--seed", type=int, metavar="N", help="of arrival times, mix and classes (default 0)")
     load.add_argument("--ttft-ms", type=_number, metavar="MS", help="limit for goodput")
     load.add_argument("--tpot-ms", type=_number, metavar="MS", help="limit for goodput")
+    _add_class(load)
+    load.add_argument("--without-budgets", action="store_true", help="do not tell the server of classes and budgets")
     parser.add_argument("--compare-in-process", action="store_true", help="measure LLM.stream in turns; without --url start a server")
     compare = parser.add_argument_group("--compare-in-process (settings of both sides)", argument_default=argparse.SUPPRESS)
     compare.add_argument("--engine-model", metavar="MODEL", help="folder or hub name (default: the embedded model)")
@@ -104,10 +141,34 @@ def _add_online(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--repeats", type=_positive, metavar="N", help="turns of each side; medians are reported (default 3)")
 
 
+def _add_class(parser: argparse._ActionsContainer) -> None:
+    text = "a service class, NAME:ttft_ms=MS,tpot_ms=MS,share=S; again for others"
+    parser.add_argument("--class", dest="classes", type=_service_class, action="append", metavar="CLASS", help=text)
+
+
+def _add_mixed(parser: argparse.ArgumentParser) -> None:
+    trace = f"prompt sets that are mixed at random (default {','.join(DEFAULT_SETS)})"
+    parser.add_argument("--trace", type=_list_of(str), default=DEFAULT_SETS, metavar="A,B", help=trace)
+    _add_prompts(parser)
+    _add_class(parser)
+    rates = "Poisson arrivals a second, or auto: where goodput of plain begins to fall (default auto)"
+    parser.add_argument("--rates", type=_rates, default=(), metavar="auto|R,S", help=rates)
+    parser.add_argument("--requests", type=_positive, default=48, metavar="N", help="requests of each turn (default 48)")
+    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="turns of each serving, new arrivals in each (default 3)")
+    parser.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="new tokens a request (default 64)")
+    parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="default 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of arrival times, mix and classes (default 0)")
+    parser.add_argument("--timeout", type=_over_zero, default=600.0, metavar="S", help="silence that fails a request (default 600)")
+    parser.add_argument("--model", help="folder or hub name (default: the embedded model)")
+    parser.add_argument("--drafter", default="auto", help="of the adaptive server: auto, ngram, or a folder (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--server-flags", type=shlex.split, default=[], metavar="TEXT", help="more flags of dspark serve, for both servers")
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines of bench offline")
-    parser.add_argument("--baseline", default="plain", metavar="LABEL", help="divide by this mode (default plain)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw throughput against speed per user")
+    parser.add_argument("--baseline", metavar="LABEL", help="divide by this mode (default: plain)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw throughput, budgets and step times")
 
 
 def _list_of(read: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
@@ -143,3 +204,14 @@ def _over_zero(text: str) -> float:
 
 def _rule(text: str) -> AcceptanceRule:
     return AcceptanceRule(text)
+
+
+def _service_class(text: str) -> ServiceClass:
+    try:
+        return ServiceClass.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return () if text == "auto" else _list_of(_over_zero)(text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dspark.bench.metrics import Timeline
+from dspark.bench.metrics import Limits, Timeline
 
 if TYPE_CHECKING:
     import httpx
@@ -16,21 +17,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What is asked for with every prompt. ``is_chat`` chooses /chat/completions over /completions."""
+    """What is asked for with every prompt. ``is_chat`` chooses /chat/completions over /completions.
+
+    ``service_class`` and ``budget`` tell the server what the request was promised; ``cache_salt`` keeps it from prefixes that
+    were cached under another one.
+    """
 
     model: str
     max_tokens: int
     temperature: float = 0.0
     ignore_eos: bool = False
     is_chat: bool = True
+    service_class: str = ""
+    budget: Limits | None = None
+    cache_salt: str = ""
 
     @property
     def path(self) -> str:
         return "chat/completions" if self.is_chat else "completions"
 
     def body(self, prompt: str) -> dict[str, Any]:
-        """The JSON of one request; ``ignore_eos`` is sent only when set, since OpenAI itself does not know it."""
+        """The JSON of one request; what OpenAI itself does not know is sent only when it is set."""
         text = {"messages": [{"role": "user", "content": prompt}]} if self.is_chat else {"prompt": prompt}
+        budget = {name: ms for name, ms in dataclasses.asdict(self.budget).items() if ms is not None} if self.budget else {}
+        ours = {
+            "ignore_eos": self.ignore_eos,
+            "service_class": self.service_class,
+            "latency_budget": budget,
+            "cache_salt": self.cache_salt,
+        }
         return {
             "model": self.model,
             **text,
@@ -38,7 +53,7 @@ class Ask:
             "temperature": self.temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **({"ignore_eos": True} if self.ignore_eos else {}),
+            **{name: value for name, value in ours.items() if value},
         }
 
 

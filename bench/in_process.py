@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from dspark.bench.http_client import Answer, Ask
+from dspark.bench.load import Measured
 from dspark.bench.metrics import Timeline
+from dspark.bench.traffic import Job
 from dspark.errors import DSparkError
 from dspark.sampling import SamplingParams
 
@@ -28,22 +30,23 @@ class Streams(Protocol):
     def stream(self, prompt: Any, params: SamplingParams) -> Iterable[Delta]: ...
 
 
-def run_in_process(llm: Streams, ask: Ask, prompts: Sequence[str], concurrency: int) -> tuple[list[Answer], float]:
-    """Answers to all prompts with ``concurrency`` threads streaming at all times, and the seconds it took."""
-    waiting, lock = iter(prompts), threading.Lock()
-    answers: list[Answer] = []
+def run_in_process(llm: Streams, jobs: Sequence[Job], concurrency: int) -> Measured:
+    """Answers to all jobs, with ``concurrency`` threads streaming at all times."""
+    waiting, lock = iter(enumerate(jobs)), threading.Lock()
+    answers: dict[int, Answer] = {}
 
-    def take() -> str | None:
+    def take() -> tuple[int, Job] | None:
         with lock:
             return next(waiting, None)
 
     def stream() -> None:
-        while (prompt := take()) is not None:
-            answers.append(_answer(llm, ask, prompt))
+        while (taken := take()) is not None:
+            place, job = taken
+            answers[place] = _answer(llm, job.ask, job.prompt)
 
     start = time.perf_counter()
     _run_threads(stream, concurrency)
-    return answers, time.perf_counter() - start
+    return Measured(tuple(jobs), tuple(answers[place] for place in range(len(jobs))), time.perf_counter() - start)
 
 
 def _run_threads(work: Callable[[], None], count: int) -> None:

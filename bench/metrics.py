@@ -130,14 +130,15 @@ def poisson_arrivals(rate_per_s: float, count: int, seed: int) -> list[float]:
     return arrivals
 
 
-def summarize(timelines: Sequence[Timeline], errors: int, seconds: float, limits: Limits) -> LoadSummary:
-    """Sum up a load test of answered (``timelines``) and failed (``errors``) requests that took ``seconds``."""
+def summarize(answered: Sequence[tuple[Timeline, Limits]], errors: int, seconds: float) -> LoadSummary:
+    """Sum up a load test of answered (each with the limits it should keep) and failed requests that took ``seconds``."""
     if seconds <= 0:
         raise ValueError(f"a load test takes time, not {seconds} s")
+    timelines = [timeline for timeline, _ in answered]
     requests = len(timelines) + errors
     tokens = sum(timeline.num_tokens for timeline in timelines)
     chunks = sum(len(timeline.chunk_s) for timeline in timelines)
-    good = sum(limits.are_met(timeline) for timeline in timelines)
+    good = sum(limits.are_met(timeline) for timeline, limits in answered)
     return LoadSummary(
         requests=requests,
         errors=errors,

@@ -6,9 +6,10 @@ of two figures taken minutes apart says more about the machine than about the mo
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any, TextIO
 from dspark.bench.machine import describe_machine, source_commit
 from dspark.bench.modes import BenchMode, rotated
 from dspark.bench.prompt_sets import load_set, take
-from dspark.bench.records import Contender, OfflineRecord, Origin, Point, make_record
-from dspark.bench.report import print_report, rates_by_point
+from dspark.bench.records import SYNTHETIC, Contender, Identity, OfflineRecord, Origin, Point, Work, make_record
+from dspark.bench.report import report
 from dspark.bench.runners import Prompts, Run, Runner, Settings
+from dspark.bench.sweep import Held, Level, Remaining, as_time
+from dspark.bench.synthetic import SyntheticAcceptance
 from dspark.bench.tables import Column, Table
 from dspark.errors import ConfigError
 from dspark.sampling import AcceptanceRule
@@ -39,7 +42,10 @@ COLUMNS = [
     Column("/user", 7),
     Column("acc.len", 7),
     Column("acc.rate", 8),
+    Column("budget", 6),
     Column("verif/step", 10),
+    Column("pred. ms", 8),
+    Column("step ms", 8),
     Column("TTFT ms", 8),
     Column("TPOT ms", 8),
 ]
@@ -47,46 +53,86 @@ COLUMNS = [
 
 @dataclass(frozen=True, slots=True)
 class OfflinePlan:
-    """A whole run of ``dspark bench offline``. ``requests`` None: 8 at one stream, otherwise as many as streams;
-    a number is rounded up to whole groups of streams."""
+    """A whole run of ``dspark bench offline``. ``synthetic``: the acceptance forced on all that draft; None: what they reach."""
 
     modes: tuple[BenchMode, ...]
     dtype: str
     folder: Path
     sets: tuple[str, ...]
-    levels: tuple[int, ...]
+    levels: tuple[Level, ...]
     temperatures: tuple[float, ...]
     rules: tuple[AcceptanceRule, ...]
-    max_tokens: int
-    requests: int | None = None
     repeats: int = 1
     max_prompt_tokens: int = 1200
     ignore_eos: bool = False
+    synthetic: SyntheticAcceptance | None = None
+
+    @property
+    def points(self) -> list[tuple[Level, Point]]:
+        """All points in the order in which they are measured."""
+        return [
+            (level, Point(name, level.concurrency, temperature))
+            for name in self.sets
+            for temperature in self.temperatures
+            for level in self.levels
+        ]
+
+    def work(self, level: Level) -> Work:
+        # Forced text ends nowhere in particular: only answers of one length cost the same in all modes.
+        return Work(level.requests, level.max_tokens, self.ignore_eos or self.synthetic is not None, self.repeats)
 
 
-def run_offline(plan: OfflinePlan, open_runners: Open, encode: Encode, out: TextIO | None) -> list[OfflineRecord]:
-    """Measure all points, print a row for every contender, write JSON lines as they come, print the ratios."""
+def run_offline(
+    plan: OfflinePlan, open_runners: Open, encode: Encode, out: TextIO | None, held: Held | None = None
+) -> list[Mapping[str, Any]]:
+    """Measure all points that are not ``held``, print a row for every contender, write JSON lines as they come, print the ratios.
+
+    Returns all records, held ones included.
+    """
     machine, commit = describe_machine(plan.dtype), source_commit()
-    print(f"{machine}; commit {commit}; {plan.max_tokens} new tokens", flush=True)
-    table, records = Table(COLUMNS), []
+    lengths = ", ".join(map(str, dict.fromkeys(level.max_tokens for level in plan.levels)))
+    print(f"{machine}; commit {commit}; {lengths} new tokens", flush=True)
+    if plan.synthetic is not None:
+        print(f"{SYNTHETIC}: acceptance is not the drafter's, it is forced to {plan.synthetic.text}; the text is worthless", flush=True)
+    table, remaining = Table(COLUMNS), Remaining([level for level, _ in plan.points])
+    prompts: dict[str, list[list[int]]] = {}
+    records: list[Mapping[str, Any]] = []
     with opened(open_runners, plan.modes, plan.dtype) as runners:
-        for name in plan.sets:
-            prompts = encoded_set(plan, name, encode)
-            for point in [Point(name, level, temperature) for temperature in plan.temperatures for level in plan.levels]:
-                runs = measure_point(plan, point, prompts, runners)
-                found = []
-                for contender, repeats in runs.items():
-                    runner = runners[contender.mode]
-                    origin = Origin(runner.engine, runner.drafter, runner.block_size, machine, commit)
-                    found.append(make_record(point, contender, repeats, origin))
-                _print_rows(table, list(runs), found)
-                if out is not None:
-                    out.writelines(record.to_json() + "\n" for record in found)
-                    out.flush()
-                records += found
+        for level, point in plan.points:
+            identities = identify(plan, level, point, runners, machine, commit)
+            if held is not None and (earlier := held.find(list(identities.values()))) is not None:
+                print(f"{point.prompt_set} at {point.concurrency}: held", file=sys.stderr, flush=True)
+                records += earlier
+                remaining.skip()
+                continue
+            if point.prompt_set not in prompts:
+                prompts[point.prompt_set] = encoded_set(plan, point.prompt_set, encode)
+            started = time.perf_counter()
+            runs = measure_point(plan, level, point, prompts[point.prompt_set], runners)
+            remaining.took(time.perf_counter() - started)
+            found = [make_record(identities[contender], repeats) for contender, repeats in runs.items()]
+            _print_rows(table, list(runs), found)
+            written = [record.as_dict() for record in found]
+            if out is not None:  # all at once: a point that is there is there whole
+                out.write("".join(json.dumps(record) + "\n" for record in written))
+                out.flush()
+            records += written
+            print(f"about {as_time(remaining.seconds())} left", file=sys.stderr, flush=True)
     print()
-    print_report(rates_by_point([dataclasses.asdict(record) for record in records]), "plain")
+    report(records)
     return records
+
+
+def identify(
+    plan: OfflinePlan, level: Level, point: Point, runners: Mapping[BenchMode, Runner], machine: str, commit: str
+) -> dict[Contender, Identity]:
+    """What the records of a point's contenders will be the result of."""
+    found = {}
+    for contender in contenders(plan, point):
+        runner = runners[contender.mode]
+        origin = Origin(runner.engine, runner.drafter, runner.block_size, machine, commit)
+        found[contender] = Identity.of(point, plan.work(level), contender, origin)
+    return found
 
 
 @contextmanager
@@ -112,35 +158,35 @@ def contenders(plan: OfflinePlan, point: Point) -> list[Contender]:
     """Who runs at a point: every mode, once for each acceptance rule where the rule matters; baselines at one stream."""
     found: list[Contender] = []
     for mode in plan.modes:
-        if mode.uses_drafter and point.temperature > 0:
-            found += [Contender(mode, rule) for rule in plan.rules]
+        if mode.uses_drafter:
+            synthetic = plan.synthetic.text if plan.synthetic is not None else None
+            found += [Contender(mode, rule, synthetic) for rule in (plan.rules if point.temperature > 0 else (None,))]
         elif mode.speculation is not None or point.concurrency == 1:
             found.append(Contender(mode, None))
     return found
 
 
 def measure_point(
-    plan: OfflinePlan, point: Point, prompts: Sequence[list[int]], runners: dict[BenchMode, Runner]
+    plan: OfflinePlan, level: Level, point: Point, prompts: Sequence[list[int]], runners: Mapping[BenchMode, Runner]
 ) -> dict[Contender, list[Run]]:
     """All repeats of all contenders at a point, interleaved, after a short warm-up of each."""
-    wanted = plan.requests or (8 if point.concurrency == 1 else point.concurrency)
-    work: Prompts = take(prompts, math.ceil(wanted / point.concurrency) * point.concurrency)
+    work: Prompts = take(prompts, level.requests)
     everyone = contenders(plan, point)
     runs: dict[Contender, list[Run]] = {contender: [] for contender in everyone}
     for contender in everyone:
         warm = Settings(WARM_UP_TOKENS, point.temperature, contender.rule)
-        runners[contender.mode].run(work[: point.concurrency], point.concurrency, warm)
+        runners[contender.mode].run(work[: level.concurrency], level.concurrency, warm)
     for repeat in range(plan.repeats):
         for contender in rotated(everyone, repeat):
-            settings = Settings(plan.max_tokens, point.temperature, contender.rule, plan.ignore_eos)
-            runs[contender].append(runners[contender.mode].run(work, point.concurrency, settings))
+            settings = Settings(level.max_tokens, point.temperature, contender.rule, plan.work(level).ignore_eos)
+            runs[contender].append(runners[contender.mode].run(work, level.concurrency, settings))
     return runs
 
 
 def check_lossless(plan: OfflinePlan, open_runners: Open, encode: Encode) -> bool:
     """Whether greedy decoding gives the same tokens in every mode as in plain mode, in fp32; prints a line each."""
-    level = max(plan.levels)
-    settings = Settings(plan.max_tokens, ignore_eos=plan.ignore_eos)
+    level = max(level.concurrency for level in plan.levels)
+    settings = Settings(max(level.max_tokens for level in plan.levels), ignore_eos=plan.ignore_eos)
     work = {name: take(encoded_set(plan, name, encode), max(8, level)) for name in plan.sets}
     modes = [mode for mode in plan.modes if mode.speculation is not None]
     plain = next((mode for mode in modes if mode.name == "plain"), None)
@@ -178,20 +224,25 @@ def _token(tokens: Sequence[int], at: int) -> Any:
 
 
 def _print_rows(table: Table, everyone: Sequence[Contender], records: Sequence[OfflineRecord]) -> None:
-    plain = next((record.tokens_per_s for record in records if record.mode == "plain"), None)
+    plain = {record.identity.driver: record.tokens_per_s for record in records if record.identity.mode == "plain"}
     for contender, record in zip(everyone, records, strict=True):
+        identity = record.identity
+        base = plain.get(identity.driver)
         table.row(
-            record.prompt_set,
-            record.concurrency,
-            f"{record.temperature:g}",
+            identity.prompt_set,
+            identity.concurrency,
+            f"{identity.temperature:g}",
             contender.label,
             record.tokens_per_s,
             f"{record.tokens_per_s_min:g}-{record.tokens_per_s_max:g}",
-            record.tokens_per_s / plain if plain else None,
+            record.tokens_per_s / base if base else None,
             record.tokens_per_s_per_user,
             record.accepted_length,
             record.acceptance_rate,
+            record.budget_mean,
             record.verified_per_step,
+            record.predicted_step_ms,
+            record.measured_step_ms,
             record.ttft_p50_ms,
             record.tpot_p50_ms,
         )

@@ -1,29 +1,25 @@
-"""Load on an OpenAI-compatible server: a fixed number of streams, or arrivals at a rate."""
+"""``dspark bench online``: load on a server that runs already, a prompt set at a time or mixed, with or without service classes."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
-import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from dspark.bench.http_client import Answer, Ask, send
+from dspark.bench.http_client import Ask, send
+from dspark.bench.load import Load, Measured, connect, find_model, run_load
 from dspark.bench.machine import describe_machine, source_commit
-from dspark.bench.metrics import Limits, LoadSummary, Spread, accepted_length, poisson_arrivals, summarize
+from dspark.bench.metrics import Limits, LoadSummary
 from dspark.bench.prompt_sets import load_set, take
 from dspark.bench.tables import Column, Table
+from dspark.bench.traffic import Job, ServiceClass, assign, mix
 from dspark.errors import ConfigError
 
-if TYPE_CHECKING:
-    import httpx
-
 COLUMNS = [
-    Column("set", 8, is_text=True),
+    Column("set", 14, is_text=True),
     Column("load", 8, is_text=True),
     Column("ok", 5),
     Column("err", 4),
@@ -39,25 +35,12 @@ COLUMNS = [
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """How requests arrive: ``concurrency`` streams at all times, or at ``rate_per_s`` whatever is still running."""
-
-    concurrency: int | None = None
-    rate_per_s: float | None = None
-
-    def __str__(self) -> str:
-        return f"c={self.concurrency}" if self.concurrency else f"{self.rate_per_s:g}/s"
-
-    def default_requests(self) -> int:
-        """Enough for a median at one stream, four rounds at more, half a minute at a rate."""
-        if self.concurrency:
-            return 8 if self.concurrency == 1 else 4 * self.concurrency
-        return max(8, round(30 * (self.rate_per_s or 0)))
-
-
-@dataclass(frozen=True, slots=True)
 class OnlinePlan:
-    """A whole run of ``dspark bench online``."""
+    """A whole run of ``dspark bench online``. ``trace``: the sets are mixed at random instead of measured one after the other.
+
+    Without ``classes`` every request should keep ``limits``; with them each its class's, which the server is told of if
+    ``tells_budgets``.
+    """
 
     url: str
     ask: Ask
@@ -69,116 +52,40 @@ class OnlinePlan:
     limits: Limits
     seed: int
     timeout_s: float
+    trace: bool = False
+    classes: tuple[ServiceClass, ...] = ()
+    tells_budgets: bool = True
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is measured under each load: sets, or one mix of them."""
+        return ("+".join(self.sets),) if self.trace else self.sets
 
-def connect(url: str, api_key: str | None, timeout_s: float) -> httpx.AsyncClient:
-    """A client for a server's base URL, with or without /v1; every stream gets its own connection."""
-    import httpx
-
-    base = url.rstrip("/")
-    base = base if base.endswith("/v1") else base + "/v1"
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    timeout = httpx.Timeout(timeout_s, connect=10.0)
-    return httpx.AsyncClient(base_url=base + "/", headers=headers, limits=limits, timeout=timeout, trust_env=False)
-
-
-async def find_model(client: httpx.AsyncClient) -> str:
-    """The only or first model that the server lists; ConfigError if it cannot be asked."""
-    import httpx
-
-    try:
-        response = await client.get("models")
-        response.raise_for_status()
-        return str(response.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"{client.base_url} does not list a model ({error}); is it the right --url? otherwise name --model") from error
-
-
-async def run_load(client: httpx.AsyncClient, ask: Ask, prompts: Sequence[str], load: Load, seed: int) -> tuple[list[Answer], float]:
-    """Answers to all prompts under a load, and the seconds from the first request to the last byte."""
-    start = time.perf_counter()
-    if load.concurrency:
-        answers = await _at_concurrency(client, ask, prompts, load.concurrency)
-    else:
-        due = poisson_arrivals(load.rate_per_s or 0.0, len(prompts), seed)
-        answers = list(await asyncio.gather(*(_when_due(client, ask, prompt, start + at) for prompt, at in zip(prompts, due, strict=True))))
-    return answers, time.perf_counter() - start
-
-
-async def _at_concurrency(client: httpx.AsyncClient, ask: Ask, prompts: Sequence[str], concurrency: int) -> list[Answer]:
-    waiting = iter(prompts)
-    answers: list[Answer] = []
-
-    async def stream() -> None:
-        for prompt in waiting:
-            answers.append(await send(client, ask, prompt))
-
-    await asyncio.gather(*(stream() for _ in range(concurrency)))
-    return answers
-
-
-async def _when_due(client: httpx.AsyncClient, ask: Ask, prompt: str, due_s: float) -> Answer:
-    """Send at a moment; the time counts from when it was due, so a late client does not flatter the server."""
-    await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-    return await send(client, ask, prompt, due_s)
-
-
-def summarize_answers(answers: Sequence[Answer], seconds: float, limits: Limits) -> tuple[LoadSummary, Counter[str]]:
-    """The summary, and how often each error came."""
-    errors = Counter(answer.error for answer in answers if answer.error is not None)
-    timelines = [answer.timeline for answer in answers if answer.timeline is not None]
-    return summarize(timelines, errors.total(), seconds, limits), errors
-
-
-def reported_acceptance(answers: Sequence[Answer]) -> float | None:
-    """Accepted length over all answers by what the server reports; None if it reports nothing."""
-    told = [(answer.accepted, answer.drafted_rounds) for answer in answers if answer.drafted_rounds is not None]
-    if not told:
-        return None
-    return round(accepted_length(sum(accepted or 0 for accepted, _ in told), sum(rounds for _, rounds in told)), 3)
-
-
-def as_record(summary: LoadSummary) -> dict[str, Any]:
-    """The summary as flat JSON fields: ttft_p50_ms, tpot_p90_ms, …"""
-    record: dict[str, Any] = {}
-    for field in dataclasses.fields(summary):
-        value = getattr(summary, field.name)
-        if isinstance(value, Spread):
-            quantity = field.name.removesuffix("_ms")
-            record |= {f"{quantity}_{name}_ms": percentile for name, percentile in dataclasses.asdict(value).items()}
-        else:
-            record[field.name] = value
-    return record
+    def jobs(self, ask: Ask, name: str, count: int) -> list[Job]:
+        """The requests of one measurement, the same for the same seed."""
+        sets = [load_set(self.folder, one) for one in (self.sets if self.trace else (name,))]
+        prompts = mix(sets, count, self.seed) if self.trace else take(sets[0], count)
+        if self.classes:
+            return assign(ask, prompts, self.classes, self.seed, self.tells_budgets)
+        return [Job(ask, prompt, self.limits) for prompt in prompts]
 
 
 async def run_online(plan: OnlinePlan, out: TextIO | None) -> int:
-    """Measure every set under every load, print rows, write JSON lines; returns the number of failed requests."""
+    """Measure every set (or their mix) under every load, print rows, write JSON lines; returns the number of failed requests."""
     async with connect(plan.url, plan.api_key, plan.timeout_s) as client:
         ask = plan.ask if plan.ask.model else dataclasses.replace(plan.ask, model=await find_model(client))
         table, failed = Table(COLUMNS), 0
-        for name, load in _points(plan):
-            prompts = load_set(plan.folder, name)
-            warm = await send(client, dataclasses.replace(ask, max_tokens=4), prompts[0])
+        for name, load in [(name, load) for name in plan.names for load in plan.loads]:
+            jobs = plan.jobs(ask, name, plan.requests or load.default_requests())
+            warm = await send(client, dataclasses.replace(jobs[0].ask, max_tokens=4), jobs[0].prompt)
             if warm.error:
                 raise ConfigError(f"{plan.url} refuses a first request: {warm.error}")
-            answers, seconds = await run_load(client, ask, take(prompts, plan.requests or load.default_requests()), load, plan.seed)
-            summary, errors = summarize_answers(answers, seconds, plan.limits)
-            failed += summary.errors
-            acceptance = reported_acceptance(answers)
-            _print_row(table, name, load, summary, acceptance)
-            for error, count in errors.most_common():
-                print(f"    {count} x {error}")
+            measured = await run_load(client, jobs, load, plan.seed)
+            failed += measured.errors.total()
+            print_measured(table, name, load, measured)
             if out is not None:
-                record = _record(plan, ask, name, load) | as_record(summary) | {"accepted_length": acceptance}
-                print(json.dumps(record), file=out, flush=True)
+                print(json.dumps(_record(plan, ask, name, load) | measured.as_record()), file=out, flush=True)
     return failed
-
-
-def _points(plan: OnlinePlan) -> Iterator[tuple[str, Load]]:
-    for name in plan.sets:
-        for load in plan.loads:
-            yield name, load
 
 
 def _record(plan: OnlinePlan, ask: Ask, name: str, load: Load) -> dict[str, Any]:
@@ -191,20 +98,29 @@ def _record(plan: OnlinePlan, ask: Ask, name: str, load: Load) -> dict[str, Any]
         "rate_per_s": load.rate_per_s,
         "temperature": ask.temperature,
         "max_tokens": ask.max_tokens,
+        "seed": plan.seed,
+        "tells_budgets": plan.tells_budgets and bool(plan.classes),
         "limits": dataclasses.asdict(plan.limits),
         "machine": describe_machine(),
         "commit": source_commit(),
     }
 
 
-def _print_row(table: Table, name: str, load: Load, summary: LoadSummary, acceptance: float | None) -> None:
+def print_measured(table: Table, name: str, load: object, measured: Measured) -> None:
+    """A row for all requests, one for each service class, and how often each error came."""
+    table.row(name, load, *_cells(measured.summary(), measured.acceptance))
+    for class_name in measured.classes:
+        table.row(f"  {class_name}", load, *_cells(measured.summary(class_name), None))
+    for error, count in measured.errors.most_common():
+        print(f"    {count} x {error}")
+
+
+def _cells(summary: LoadSummary, acceptance: float | None) -> Sequence[object]:
     def joined(*values: float | None) -> str:
         return "/".join("-" if value is None else f"{value:.1f}" for value in values)
 
     ttft, tpot, itl = summary.ttft_ms, summary.tpot_ms, summary.itl_ms
-    table.row(
-        name,
-        load,
+    return (
         summary.requests - summary.errors,
         summary.errors,
         summary.tokens_per_s,

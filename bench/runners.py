@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspark import LLM, SamplingParams, __version__
 from dspark.bench.metrics import Timeline
 from dspark.bench.modes import TRANSFORMERS, BenchMode
+from dspark.bench.synthetic import SyntheticAcceptance, force
 from dspark.sampling import AcceptanceRule
 from dspark.types import Mode, Speculation
 
 if TYPE_CHECKING:
     import torch
 
-    from dspark.outputs import RequestOutput
+    from dspark.outputs import Choice, RequestOutput
 
 Prompts = Sequence[Sequence[int]]
 
@@ -35,12 +37,32 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Work done by an engine: forward steps, rounds that verified drafts, drafted tokens verified and accepted."""
+    """Work done by an engine.
+
+    ``steps``: forwards; ``windows``: how many rounds (request x step pairs that yielded tokens) verified 0, 1, 2, … drafted
+    tokens; ``accepted`` drafted tokens. Of ``timed_steps`` steps it knows the seconds that it had predicted and those they took.
+    """
 
     steps: int = 0
-    drafted_rounds: int = 0
-    verified: int = 0
+    windows: Mapping[int, int] = field(default_factory=dict)
     accepted: int = 0
+    timed_steps: int = 0
+    predicted_s: float = 0.0
+    measured_s: float = 0.0
+
+    @property
+    def rounds(self) -> int:
+        return sum(self.windows.values())
+
+    @property
+    def drafted_rounds(self) -> int:
+        """Rounds that verified at least one drafted token."""
+        return self.rounds - self.windows.get(0, 0)
+
+    @property
+    def verified(self) -> int:
+        """Drafted tokens verified."""
+        return sum(size * rounds for size, rounds in self.windows.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +108,33 @@ class EngineRunner:
         params = SamplingParams(
             max_tokens=settings.max_tokens, temperature=settings.temperature, acceptance=settings.rule, ignore_eos=settings.ignore_eos
         )
-        steps = self.llm.stats()["steps_total"]
+        before = self.llm.stats()
         started = time.perf_counter()
         outputs = self.llm.generate(prompts, params, speculation=str(self.speculation), max_concurrency=concurrency)
         seconds = time.perf_counter() - started
         self.llm.rest()
-        choices = [output.choices[0] for output in outputs]
-        counts = Counts(
-            steps=round(self.llm.stats()["steps_total"] - steps),
-            drafted_rounds=sum(choice.drafted_rounds for choice in choices),
-            verified=sum(choice.drafted for choice in choices),
-            accepted=sum(choice.accepted for choice in choices),
-        )
+        counts = _counts([output.choices[0] for output in outputs], before, self.llm.stats())
         return Run(tuple(map(_timeline, outputs)), tuple(output.token_ids for output in outputs), seconds, counts)
 
     def close(self) -> None:
         """Stop the engine."""
         self.llm.close()
+
+
+def _counts(choices: Sequence[Choice], before: Mapping[str, float], after: Mapping[str, float]) -> Counts:
+    """What the engine did between two looks at its statistics. An engine that does not time its steps has none."""
+
+    def grown(name: str) -> float:
+        return after.get(name, 0.0) - before.get(name, 0.0)
+
+    return Counts(
+        steps=round(grown("steps_total")),
+        windows=Counter(window for choice in choices for window in choice.windows),
+        accepted=sum(choice.accepted for choice in choices),
+        timed_steps=round(grown("timed_steps_total")),
+        predicted_s=grown("predicted_seconds_total"),
+        measured_s=grown("step_seconds_total"),
+    )
 
 
 def _timeline(output: RequestOutput) -> Timeline:
@@ -133,7 +165,8 @@ class TransformersRunner:
             answers = apart.submit(lambda: [self._generate(prompt, settings) for prompt in prompts]).result()
         seconds = time.perf_counter() - started
         timelines, tokens = zip(*answers, strict=True)
-        return Run(timelines, tokens, seconds, Counts(steps=sum(map(len, tokens))))
+        num_tokens = sum(map(len, tokens))
+        return Run(timelines, tokens, seconds, Counts(steps=num_tokens, windows={0: num_tokens}))
 
     def _generate(self, prompt: Sequence[int], settings: Settings) -> tuple[Timeline, tuple[int, ...]]:
         import torch
@@ -185,33 +218,40 @@ class Source:
     max_num_seqs: int
     max_model_len: int | None = None
     kv_tokens: int | None = None
+    synthetic: SyntheticAcceptance | None = None
 
     def open(self, modes: Sequence[BenchMode], dtype: str) -> dict[BenchMode, Runner]:
-        """A runner for every mode: one engine without a drafter, one shared by all modes that speculate, one baseline.
+        """A runner for every mode: an engine without a drafter and one shared by all modes that speculate, both for each
+        driver, and one baseline.
 
         The prefix cache is off: repeats of a prompt shall cost what the first one cost.
         """
-        shared: dict[bool, LLM] = {}
+        shared: dict[tuple[bool, str], LLM] = {}
         runners: dict[BenchMode, Runner] = {}
         for mode in modes:
             if mode.speculation is None:
                 runners[mode] = TransformersRunner(self.folder, dtype)
                 continue
-            if mode.uses_drafter not in shared:
-                shared[mode.uses_drafter] = self._engine(modes if mode.uses_drafter else (), dtype)
-            runners[mode] = EngineRunner(shared[mode.uses_drafter], mode.speculation)
+            alike = (mode.uses_drafter, mode.driver)
+            if alike not in shared:
+                shared[alike] = self._engine([other for other in modes if (other.uses_drafter, other.driver) == alike], dtype)
+            runners[mode] = EngineRunner(shared[alike], mode.speculation)
         return runners
 
     def _engine(self, modes: Sequence[BenchMode], dtype: str) -> LLM:
-        """An engine for some modes; without any, one that never drafts. Only adaptive ones need step costs."""
-        is_adaptive = any(mode.speculation is not None and mode.speculation.mode is Mode.ADAPTIVE for mode in modes)
-        return LLM(
+        """An engine for modes that all speculate or all do not, under one driver."""
+        speculates = modes[0].uses_drafter
+        llm = LLM(
             self.model,
-            drafter=self.drafter if modes else "none",
-            speculation="off" if not modes else "adaptive" if is_adaptive else "static:1",
+            drafter=self.drafter if speculates else "none",
+            speculation="off" if not speculates else "adaptive" if any(mode.needs_costs for mode in modes) else "static:1",
             dtype=dtype,
             max_model_len=self.max_model_len,
             kv_tokens=self.kv_tokens,
             max_num_seqs=self.max_num_seqs,
             prefix_cache=False,
+            **({"driver": modes[0].driver} if modes[0].driver else {}),
         )
+        if speculates and self.synthetic is not None:
+            force(llm.engine, self.synthetic)
+        return llm

@@ -77,7 +77,7 @@ ROOMS = {
         MODEL_LIBRARIES | names("pydantic"),
         lazy_libraries=names("matplotlib yaml ray"),
     ),
-    "bench": Room(names("nouns face router"), names("numpy"), names("deploy"), names("httpx torch transformers matplotlib")),
+    "bench": Room(names("nouns face router"), names("numpy"), names("deploy verifier"), names("httpx torch transformers matplotlib")),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),
 }
 OUR_FOLDERS = {"workers/verifier": "verifier", "workers/drafter": "drafter", "workers/wire": "wire"} | {

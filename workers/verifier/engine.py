@@ -33,7 +33,6 @@ from dspark.workers.verifier.survival import HeadSurvival, SurvivalEstimator
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.text import TextStream
 
-
 Judge = Callable[[Tensor, Seq[JudgeItem]], list[Verdict]]
 
 

@@ -156,7 +156,7 @@ def _climb(goodput: Callable[[float], float], found: dict[float, float], start: 
         rate *= factor
         found[rate] = goodput(rate)
         best = max(found.values())
-        if best and found[rate] < KNEE_FALL * best:
+        if found[rate] < KNEE_FALL * best or (factor > 1 and not best):  # more load does not help a server that keeps nothing
             return
 
 

@@ -117,7 +117,8 @@ def run_offline(
                 out.write("".join(json.dumps(record) + "\n" for record in written))
                 out.flush()
             records += written
-            print(f"about {as_time(remaining.seconds())} left", file=sys.stderr, flush=True)
+            if left_s := remaining.seconds():
+                print(f"about {as_time(left_s)} left", file=sys.stderr, flush=True)
     print()
     report(records)
     return records

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,9 +20,10 @@ from dspark.types import Mode, Speculation
 if TYPE_CHECKING:
     import torch
 
-    from dspark.outputs import Choice, RequestOutput
+    from dspark.outputs import RequestOutput
 
 Prompts = Sequence[Sequence[int]]
+_WINDOW = re.compile(r'verified_window_total\{drafts="(\d+)"\}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Counts:
     """Work done by an engine.
 
     ``steps``: forwards; ``windows``: how many rounds (request x step pairs that yielded tokens) verified 0, 1, 2, … drafted
-    tokens; ``accepted`` drafted tokens. Of ``timed_steps`` steps it knows the seconds that it had predicted and those they took.
+    tokens; ``accepted`` drafted tokens. ``timed_steps`` steps took ``measured_s``, and a cost table had said ``predicted_s``.
     """
 
     steps: int = 0
@@ -113,7 +114,7 @@ class EngineRunner:
         outputs = self.llm.generate(prompts, params, speculation=str(self.speculation), max_concurrency=concurrency)
         seconds = time.perf_counter() - started
         self.llm.rest()
-        counts = _counts([output.choices[0] for output in outputs], before, self.llm.stats())
+        counts = _counts(before, self.llm.stats(), sum(output.choices[0].accepted for output in outputs))
         return Run(tuple(map(_timeline, outputs)), tuple(output.token_ids for output in outputs), seconds, counts)
 
     def close(self) -> None:
@@ -121,19 +122,17 @@ class EngineRunner:
         self.llm.close()
 
 
-def _counts(choices: Sequence[Choice], before: Mapping[str, float], after: Mapping[str, float]) -> Counts:
-    """What the engine did between two looks at its statistics. An engine that does not time its steps has none."""
-
-    def grown(name: str) -> float:
-        return after.get(name, 0.0) - before.get(name, 0.0)
-
+def _counts(before: Mapping[str, float], after: Mapping[str, float], accepted: int) -> Counts:
+    """What the engine did between two looks at its statistics; ``accepted`` drafted tokens were in answers."""
+    grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    windows = {int(found[1]): round(grown[name]) for name in grown if (found := _WINDOW.fullmatch(name)) and grown[name]}
     return Counts(
-        steps=round(grown("steps_total")),
-        windows=Counter(window for choice in choices for window in choice.windows),
-        accepted=sum(choice.accepted for choice in choices),
-        timed_steps=round(grown("timed_steps_total")),
-        predicted_s=grown("predicted_seconds_total"),
-        measured_s=grown("step_seconds_total"),
+        steps=round(grown["steps_total"]),
+        windows=windows,
+        accepted=accepted,
+        timed_steps=round(grown["timed_steps_total"]),
+        predicted_s=grown["predicted_seconds_total"],
+        measured_s=grown["step_seconds_total"],
     )
 
 

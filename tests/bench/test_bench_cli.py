@@ -20,6 +20,8 @@ from dspark.bench.http_client import Ask
 from dspark.bench.in_process import run_in_process
 from dspark.bench.modes import parse_modes
 from dspark.bench.runners import Settings, Source
+from dspark.bench.synthetic import SyntheticAcceptance, SyntheticJudge
+from dspark.bench.traffic import Job
 from dspark.cli import main as dspark
 from dspark.errors import ConfigError, DSparkError
 from dspark.sampling import AcceptanceRule
@@ -102,7 +104,12 @@ def test_runners_agree_and_count(model: str) -> None:
     assert (plain.counts.verified, plain.counts.drafted_rounds) == (0, 0)
     chunks = sum(len(timeline.chunk_s) for timeline in static.timelines)
     assert static.counts.accepted <= static.counts.verified
-    assert static.counts.steps == chunks == 20 - static.counts.accepted
+    assert static.counts.steps == static.counts.rounds == chunks == 20 - static.counts.accepted
+    assert sum(static.counts.windows.values()) == chunks
+    assert max(static.counts.windows) == 2
+    assert 0 < static.counts.timed_steps <= static.counts.steps
+    assert static.counts.measured_s < static.seconds
+    assert static.counts.predicted_s > 0
     assert plain.timelines[0].chunk_s[-1] <= plain.timelines[1].sent_s  # one at a time
 
 
@@ -141,6 +148,24 @@ def test_engines_are_shared_by_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(runners[mode].drafter, runners[mode].block_size) for mode in modes] == [("none", 0), ("ngram", 8), ("ngram", 8)]
     Source(None, "folder", "auto", 1).open(parse_modes("static:3"), "bfloat16")
     assert opened[-1]["speculation"] == "static:1"
+    assert all("driver" not in one for one in opened)
+
+
+def test_both_drivers_serve_every_mode(model: str) -> None:
+    """An engine each, the same tokens; forced acceptance is put into those that draft."""
+    modes = parse_modes("plain,static:2", ("plain", "overlapped"))
+    source = Source(model, model, "ngram", max_num_seqs=2, kv_tokens=1024, synthetic=SyntheticAcceptance.parse("0.9"))
+    with contextlib.ExitStack() as stack:
+        runners = source.open(modes, "float32")
+        for runner in runners.values():
+            stack.callback(runner.close)
+        runs = {mode.label: runners[mode].run([[4, 5, 6, 7, 4, 5]], 1, Settings(10, ignore_eos=True)) for mode in modes}
+        engines = {mode.label: runners[mode].llm for mode in modes}  # type: ignore[attr-defined]
+    assert list(runs) == ["plain@plain", "plain@overlapped", "static:2@plain", "static:2@overlapped"]
+    assert [engines[label].config.driver for label in runs] == ["plain", "overlapped"] * 2
+    assert [isinstance(engines[label].engine.judge, SyntheticJudge) for label in runs] == [False, False, True, True]
+    assert runs["plain@plain"].token_ids == runs["plain@overlapped"].token_ids
+    assert runs["static:2@plain"].token_ids == runs["static:2@overlapped"].token_ids
 
 
 def test_the_baseline_runs_one_at_a_time(model: str) -> None:
@@ -150,12 +175,12 @@ def test_the_baseline_runs_one_at_a_time(model: str) -> None:
 
 
 def test_in_process_load(llm: LLM) -> None:
-    answers, seconds = run_in_process(llm, Ask("", 6, ignore_eos=True), ["say ab ab"] * 5, concurrency=2)
-    timelines = [answer.timeline for answer in answers if answer.timeline is not None]
+    measured = run_in_process(llm, [Job(Ask("", 6, ignore_eos=True), "say ab ab")] * 5, concurrency=2)
+    timelines = [answer.timeline for answer in measured.answers if answer.timeline is not None]
     assert [timeline.num_tokens for timeline in timelines] == [6] * 5
-    assert all(timeline.e2e_s <= seconds for timeline in timelines)
-    failed, _ = run_in_process(llm, Ask("", 6, is_chat=False), [""], concurrency=1)
-    assert failed[0].error == "the prompt is empty"
+    assert all(timeline.e2e_s <= measured.seconds for timeline in timelines)
+    failed = run_in_process(llm, [Job(Ask("", 6, is_chat=False), "")], concurrency=1)
+    assert failed.errors == {"the prompt is empty": 1}
 
 
 def test_compare_takes_turns(llm: LLM, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,11 +189,11 @@ def test_compare_takes_turns(llm: LLM, prompts: Path, monkeypatch: pytest.Monkey
 
     async def over_http(_: ComparePlan, ask: Ask, work: list[str], level: int) -> Any:
         turns.append(f"http {ask.max_tokens}")
-        return run_in_process(llm, ask, work, level)
+        return run_in_process(llm, [Job(ask, prompt) for prompt in work], level)
 
-    def in_process(llm: LLM, ask: Ask, work: list[str], level: int) -> Any:
-        turns.append(f"in-process {ask.max_tokens}")
-        return run_in_process(llm, ask, work, level)
+    def in_process(llm: LLM, jobs: list[Job], level: int) -> Any:
+        turns.append(f"in-process {jobs[0].ask.max_tokens}")
+        return run_in_process(llm, jobs, level)
 
     monkeypatch.setattr("dspark.bench.compare._over_http", over_http)
     monkeypatch.setattr("dspark.bench.compare.run_in_process", in_process)
@@ -192,6 +217,9 @@ def test_compare_refuses_failed_requests(llm: LLM, prompts: Path) -> None:
         (["online"], "--url names the server"),
         (["online", "--url", "http://x", "--drafter", "ngram", "--repeats", "2"], "--drafter, --repeats can only be used with"),
         (["online", "--compare-in-process", "--rate", "2", "--seed", "1"], "--rate, --seed cannot be used with"),
+        (["online", "--compare-in-process", "--class", "a:ttft_ms=1", "--trace", "chat"], "--trace, --class cannot be used with"),
+        (["online", "--url", "x", "--class", "a:ttft_ms=1", "--ttft-ms", "2"], "--class has limits of its own"),
+        (["online", "--url", "x", "--without-budgets"], "there is none"),
         (["offline", "--modes", "fast"], "use plain, static:K"),
         (["report", "/nowhere.jsonl"], "cannot read"),
     ],
@@ -201,6 +229,34 @@ def test_what_cannot_run_is_refused(flags: list[str], message: str, capsys: pyte
         main(flags)
     assert dspark(["bench", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--class", "a:b=1"], ["--class", "a"], ["--rates", "0"], ["--rates", "fast"]])
+def test_bad_traffic_is_a_usage_error(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["mixed", *flags])
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_a_forced_sweep_goes_on_where_it_was_cut_off(
+    model: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs on one file, the first of one level: nothing is measured twice; the picture is drawn from both."""
+    monkeypatch.setattr("dspark.bench.offline.source_commit", lambda: "abc")
+    out, png = tmp_path / "out.jsonl", tmp_path / "out.png"
+    flags = ["--sets", "tiny", "--prompts", str(prompts), "--modes", "plain,static:1..2", "--synthetic-acceptance", "1.9,2.7", *FAST]
+    command = ["offline", "--model", model, "--drafter", "ngram", *flags, "--json", str(out), "--resume"]
+    assert main([*command, "--concurrency", "1"]) == 0
+    assert main([*command, "--concurrency", "1,2"]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["mode"], r["draft_len"], r["concurrency"]) for r in records] == [
+        (mode, length, level) for level in (1, 2) for mode, length in (("plain", 0), ("static", 1), ("static", 2))
+    ]
+    assert {r["synthetic_acceptance"] for r in records if r["mode"] == "static"} == {"1.9,2.7"}
+    assert "static:1 SYNTHETIC / plain" in capsys.readouterr().out
+    assert main(["report", str(out), "--png", str(png)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("flags", [["--concurrency", "0"], ["--concurrency", "1,x"], ["--temperature", "-1"], ["--acceptance", "maybe"]])

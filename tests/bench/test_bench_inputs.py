@@ -54,6 +54,26 @@ def test_modes() -> None:
     assert (adaptive.name, adaptive.draft_len, adaptive.label) == ("adaptive", 0, "adaptive")
     assert limited.speculation == Speculation(Mode.ADAPTIVE, 5)
     assert (baseline.name, baseline.speculation, baseline.uses_drafter) == ("transformers", None, False)
+    assert [mode.needs_costs for mode in (plain, static, adaptive, baseline)] == [False, False, True, False]
+
+
+def test_trees_and_ranges() -> None:
+    tree, shadow, *static = parse_modes("tree:12,shadow,static:2..4,static:6")
+    assert (tree.name, tree.draft_len, tree.label, tree.speculation) == ("tree", 12, "tree:12", Speculation(Mode.ADAPTIVE, None, 12))
+    assert (shadow.name, shadow.needs_costs) == ("shadow", True)
+    assert [mode.label for mode in static] == ["static:2", "static:3", "static:4", "static:6"]
+    with pytest.raises(ConfigError, match="range is empty"):
+        parse_modes("static:4..2")
+    with pytest.raises(ConfigError, match="named twice"):
+        parse_modes("static:1..3,static:2")
+    with pytest.raises(ConfigError, match="number of nodes alone"):
+        parse_modes("tree:12:5")
+
+
+def test_every_mode_runs_under_every_driver() -> None:
+    modes = parse_modes("plain,adaptive,transformers", ("plain", "overlapped"))
+    assert [mode.label for mode in modes] == ["plain@plain", "plain@overlapped", "adaptive@plain", "adaptive@overlapped", "transformers"]
+    assert [mode.driver for mode in modes] == ["plain", "overlapped", "plain", "overlapped", ""]
 
 
 @pytest.mark.parametrize("text", ["static", "fast", "plain:3", "static:0", ""])

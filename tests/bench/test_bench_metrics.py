@@ -43,7 +43,7 @@ def test_limits_must_all_hold() -> None:
 
 
 def test_summary() -> None:
-    summary = summarize([FAST, SLOW, SHORT], errors=1, seconds=4.5, limits=Limits(ttft_ms=500))
+    summary = summarize([(one, Limits(ttft_ms=500)) for one in (FAST, SLOW, SHORT)], errors=1, seconds=4.5)
     assert (summary.requests, summary.errors, summary.output_tokens) == (4, 1, 9)
     assert (summary.tokens_per_s, summary.requests_per_s) == (2.0, 0.667)
     assert summary.ttft_ms == Spread(500.0, 1700.0, 1970.0)
@@ -52,12 +52,17 @@ def test_summary() -> None:
     assert (summary.tokens_per_chunk, summary.goodput_per_s, summary.goodput_share) == (1.5, 0.444, 0.5)
 
 
+def test_every_answer_has_limits_of_its_own() -> None:
+    summary = summarize([(FAST, Limits(ttft_ms=200)), (SLOW, Limits(ttft_ms=2000)), (SHORT, Limits())], errors=0, seconds=1.0)
+    assert summary.goodput_per_s == 2.0
+
+
 def test_summary_of_failures_only() -> None:
-    summary = summarize([], errors=2, seconds=1.0, limits=Limits())
+    summary = summarize([], errors=2, seconds=1.0)
     assert (summary.requests, summary.tokens_per_s, summary.goodput_share, summary.tokens_per_chunk) == (2, 0.0, 0.0, 0.0)
     assert summary.ttft_ms == Spread(None, None, None)
     with pytest.raises(ValueError, match="takes time"):
-        summarize([], errors=0, seconds=0.0, limits=Limits())
+        summarize([], errors=0, seconds=0.0)
 
 
 def test_accepted_length() -> None:

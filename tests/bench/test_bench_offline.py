@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,15 @@ import pytest
 from dspark.bench.metrics import Timeline
 from dspark.bench.modes import BenchMode, parse_modes
 from dspark.bench.offline import OfflinePlan, Open, check_lossless, first_difference, run_offline
-from dspark.bench.records import Contender, Origin, Point, make_record
-from dspark.bench.report import draw, geometric_mean, label_of, print_report, rates_by_point, ratios_to, read_lines, scaling, summary_lines
+from dspark.bench.records import Contender, Identity, Origin, Point, Work, make_record
 from dspark.bench.runners import Counts, Prompts, Run, Runner, Settings
+from dspark.bench.sweep import Held, make_levels
+from dspark.bench.synthetic import SyntheticAcceptance
 from dspark.errors import ConfigError
 from dspark.sampling import AcceptanceRule
 
 RATIO, COUPLED = AcceptanceRule.RATIO, AcceptanceRule.COUPLED
+DRAFTED = Counts(steps=10, windows={0: 4, 2: 2, 4: 2}, accepted=6, timed_steps=5, predicted_s=0.4, measured_s=0.5)
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Scripted:
         self.calls.append((self.mode.label, len(prompts), concurrency, settings))
         answers = tuple((*tuple(ids)[:-1], 9) if self.spoils else tuple(ids) for ids in prompts)
         timelines = tuple(Timeline(0.0, (0.5, 2.5), len(ids)) for ids in answers)
-        counts = Counts(steps=10, drafted_rounds=4, verified=12, accepted=6) if self.mode.uses_drafter else Counts(steps=20)
+        counts = DRAFTED if self.mode.uses_drafter else Counts(steps=20, windows={0: 20})
         return Run(timelines, answers, self.seconds, counts)
 
     def close(self) -> None:
@@ -64,14 +65,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def plan_for(folder: Path, modes: str, **settings: object) -> OfflinePlan:
+    levels = make_levels(settings.pop("levels", (1, 4)), settings.pop("requests", None), settings.pop("max_tokens", (32,)))  # type: ignore[arg-type]
     defaults: dict[str, object] = {
         "dtype": "float32",
         "folder": folder,
         "sets": ("tiny",),
-        "levels": (1, 4),
+        "levels": levels,
         "temperatures": (0.0,),
         "rules": (RATIO,),
-        "max_tokens": 32,
         "max_prompt_tokens": 6,
     }
     return OfflinePlan(tuple(parse_modes(modes)), **(defaults | settings))  # type: ignore[arg-type]
@@ -110,7 +111,7 @@ def test_modes_are_interleaved_and_rotated(folder: Path) -> None:
 def test_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = io.StringIO()
     open_runners, _ = opener([])
-    run_offline(plan_for(folder, "plain,static:3,transformers", levels=(1, 2), requests=3), open_runners, encode, out)
+    run_offline(plan_for(folder, "plain,static:3,transformers", levels=(1, 2), requests=(3,)), open_runners, encode, out)
     records = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [(r["mode"], r["draft_len"], r["drafter"], r["concurrency"], r["requests"]) for r in records] == [
         ("plain", 0, "none", 1, 3),
@@ -123,7 +124,10 @@ def test_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (static["output_tokens"], static["seconds"], static["tokens_per_s"], static["tokens_per_s_per_user"]) == (14, 1.0, 14.0, 7.0)
     assert (static["accepted_length"], static["acceptance_rate"], static["verified_per_step"]) == (2.5, 0.5, 1.2)
     assert (static["ttft_p50_ms"], static["tpot_p50_ms"], static["acceptance"], static["repeats"]) == (500.0, 1250.0, "", 1)
-    assert (records[0]["accepted_length"], records[0]["verified_per_step"]) == (1.0, 0.0)
+    assert (static["budget_mean"], static["window_histogram"]) == (1.5, {"0": 4, "2": 2, "4": 2})
+    assert (static["predicted_step_ms"], static["measured_step_ms"]) == (80.0, 100.0)
+    assert (static["max_tokens"], static["ignore_eos"], static["driver"], static["synthetic_acceptance"]) == (32, False, "", None)
+    assert (records[0]["accepted_length"], records[0]["verified_per_step"], records[0]["predicted_step_ms"]) == (1.0, 0.0, None)
     assert {"engine", "temperature", "prompt_set", "machine", "commit"} <= set(static)
     printed = capsys.readouterr().out
     assert "static:3 / plain: 2.00x" in printed
@@ -132,13 +136,15 @@ def test_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_repeats_become_medians() -> None:
     def run(seconds: float) -> Run:
-        return Run((Timeline(0.0, (seconds, 2 * seconds), 11),), ((0,) * 11,), seconds, Counts(10, 5, 10, 5))
+        return Run((Timeline(0.0, (seconds, 2 * seconds), 11),), ((0,) * 11,), seconds, Counts(10, {2: 5}, 5))
 
     contender = Contender(parse_modes("static:2")[0], COUPLED)
-    record = make_record(Point("tiny", 1, 0.7), contender, [run(1.0), run(4.0), run(2.0)], Origin("dspark-test", "ngram", 6, "m", "c"))
-    assert (record.tokens_per_s, record.tokens_per_s_min, record.tokens_per_s_max, record.repeats) == (5.5, 2.8, 11.0, 3)
+    identity = Identity.of(Point("tiny", 1, 0.7), Work(1, 11, False, 3), contender, Origin("dspark-test", "ngram", 6, "m", "c"))
+    record = make_record(identity, [run(1.0), run(4.0), run(2.0)])
+    assert (record.tokens_per_s, record.tokens_per_s_min, record.tokens_per_s_max, identity.repeats) == (5.5, 2.8, 11.0, 3)
+    assert record.window_histogram == {2: 15}
     assert (record.seconds, record.ttft_p50_ms, record.tpot_p50_ms, record.accepted_length) == (2.0, 2000.0, 200.0, 2.0)
-    assert (record.acceptance, json.loads(record.to_json())["acceptance"]) == ("coupled", "coupled")
+    assert (record.as_dict()["acceptance"], record.as_dict()["draft_len"]) == ("coupled", 2)
 
 
 def test_both_rules_are_measured_above_temperature_zero(folder: Path) -> None:
@@ -146,7 +152,7 @@ def test_both_rules_are_measured_above_temperature_zero(folder: Path) -> None:
     open_runners, _ = opener(calls)
     plan = plan_for(folder, "plain,adaptive", levels=(1,), temperatures=(0.0, 1.0), rules=(RATIO, COUPLED))
     records = run_offline(plan, open_runners, encode, None)
-    assert [(r.temperature, r.mode, r.acceptance) for r in records] == [
+    assert [(r["temperature"], r["mode"], r["acceptance"]) for r in records] == [
         (0.0, "plain", ""),
         (0.0, "adaptive", ""),
         (1.0, "plain", ""),
@@ -186,74 +192,59 @@ def test_first_difference() -> None:
     assert first_difference([[1, 2]], [[1]]) == "NOT identical: prompt 1 differs from token 2 on (2 in plain, the end here)"
 
 
-def line(mode: str, rate: float, **extra: object) -> dict[str, object]:
-    return {"engine": "dspark-0.1", "mode": mode, "prompt_set": "code", "concurrency": 1, "tokens_per_s": rate} | extra
+def held(file: io.StringIO) -> Held:
+    return Held(json.loads(line) for line in file.getvalue().splitlines())
 
 
-def test_ratios() -> None:
-    records = [
-        line("plain", 10.0),
-        line("plain", 14.0),
-        line("static", 18.0, draft_len=3),
-        line("transformers", 8.0, engine="transformers-5"),
-        line("static", 60.0, draft_len=7, engine="vllm-1"),
-        line("adaptive", 24.0, acceptance="coupled", temperature=1.0),
-        line("plain", 48.0, concurrency=4),
-        line("static", 24.0, concurrency=4, draft_len=3),
-    ]
-    rates = rates_by_point(records)
-    assert rates["code", 1, 0.0] == {"plain": 12.0, "static:3": 18.0, "transformers": 8.0, "vllm-1 static:7": 60.0}
-    assert rates["code", 1, 1.0] == {"adaptive coupled": 24.0}
-    assert set(ratios_to(rates, "plain")) == {("code", 1, 0.0), ("code", 4, 0.0)}
-    assert ratios_to(rates, "plain")["code", 1, 0.0]["static:3"] == 1.5
-    assert scaling(rates, "plain") == {("code", 4, 0.0): 4.0}
-    assert summary_lines(rates, "plain") == [
-        "static:3 / plain: 0.87x (from 0.50x, code at 4, to 1.50x, code at 1)",
-        "vllm-1 static:7 / plain: 5.00x (from 5.00x, code at 1, to 5.00x, code at 1)",
-        "plain / transformers generate, one stream: 1.50x (lowest set 1.50x)",
-        "plain at 4 streams / at one: 4.00x (lowest set 4.00x)",
-    ]
+def test_a_cut_off_sweep_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole points of the same commit, machine and settings are not measured again, but reported; anything else is measured."""
+    monkeypatch.setattr("dspark.bench.offline.source_commit", lambda: "abc")
+    first, second = io.StringIO(), io.StringIO()
+    run_offline(plan_for(folder, "plain,static:3", levels=(1,)), opener([])[0], encode, first)
+    calls: list[tuple[str, int, int, Settings]] = []
+    records = run_offline(plan_for(folder, "plain,static:3"), opener(calls)[0], encode, second, held(first))
+    assert {concurrency for _, _, concurrency, _ in calls} == {4}
+    assert [(r["mode"], r["concurrency"]) for r in records] == [("plain", 1), ("static", 1), ("plain", 4), ("static", 4)]
+    assert [json.loads(line)["concurrency"] for line in second.getvalue().splitlines()] == [4, 4]
+    assert "tiny at 1: held" in capsys.readouterr().err
 
 
-def test_report_prints_all_points(capsys: pytest.CaptureFixture[str]) -> None:
-    print_report(rates_by_point([line("plain", 10.0), line("static", 25.0, draft_len=3), line("plain", 5.0, prompt_set="chat")]), "plain")
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["set", "conc", "temp", "plain", "static:3"]
-    assert printed[2].split() == ["chat", "1", "0", "5.0", "1.00x", "-"]
-    assert printed[3].split() == ["code", "1", "0", "10.0", "1.00x", "25.0", "2.50x"]
+@pytest.mark.parametrize(
+    ("modes", "settings", "commit"),
+    [
+        ("plain,static:3,adaptive", {}, "abc"),
+        ("plain,static:3", {"max_tokens": (16,)}, "abc"),
+        ("plain,static:3", {"repeats": 2}, "abc"),
+        ("plain,static:3", {"synthetic": SyntheticAcceptance.parse("0.8")}, "abc"),
+        ("plain,static:3", {}, "def"),
+        ("plain,static:3", {}, "abc-dirty"),
+    ],
+)
+def test_another_sweep_is_not_held(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, modes: str, settings: dict[str, object], commit: str
+) -> None:
+    """One contender more, other settings, another commit, or a checkout that differs from its commit."""
+    monkeypatch.setattr("dspark.bench.offline.source_commit", lambda: "abc-dirty" if commit.endswith("dirty") else "abc")
+    first = io.StringIO()
+    run_offline(plan_for(folder, "plain,static:3", levels=(1,)), opener([])[0], encode, first)
+    monkeypatch.setattr("dspark.bench.offline.source_commit", lambda: commit)
+    calls: list[tuple[str, int, int, Settings]] = []
+    run_offline(plan_for(folder, modes, levels=(1,), **settings), opener(calls)[0], encode, None, held(first))
+    assert calls
 
 
-def test_labels_name_other_engines() -> None:
-    assert label_of(line("plain", 1.0)) == "plain"
-    assert label_of(line("plain", 1.0, engine="vllm-0.26.0")) == "vllm-0.26.0 plain"
+def test_forced_acceptance_is_said_everywhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, calls = io.StringIO(), list[tuple[str, int, int, Settings]]()
+    plan = plan_for(folder, "plain,static:3", levels=(1,), synthetic=SyntheticAcceptance.parse("1.8,2.5"))
+    run_offline(plan, opener(calls)[0], encode, out)
+    records = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [(r["mode"], r["synthetic_acceptance"]) for r in records] == [("plain", None), ("static", "1.8,2.5")]
+    printed = capsys.readouterr().out
+    assert "SYNTHETIC: acceptance is not the drafter's, it is forced to 1.8,2.5" in printed
+    assert "static:3 SYNTHETIC / plain: 2.00x" in printed
+    assert all(settings.ignore_eos for _, _, _, settings in calls[2:])
 
 
-def test_drafters_are_named_if_there_are_several() -> None:
-    one = line("adaptive", 1.0, draft_len=6, drafter="ngram")
-    other = line("adaptive", 2.0, draft_len=6, drafter="/models/mine")
-    assert rates_by_point([one, line("plain", 1.0, drafter="none")])["code", 1, 0.0].keys() == {"adaptive:6", "plain"}
-    assert rates_by_point([one, other])["code", 1, 0.0].keys() == {"adaptive:6 ngram", "adaptive:6 mine"}
-
-
-def test_geometric_mean() -> None:
-    assert geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="over 0"):
-        geometric_mean([1.0, 0.0])
-
-
-@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ('{"a": 1}', "no tokens_per_s"), ("[]", "no tokens_per_s")])
-def test_result_files_are_checked(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "r.jsonl").write_text(json.dumps(line("plain", 1.0)) + "\n\n" + text)
-    with pytest.raises(ConfigError, match=f"r.jsonl:3: .*{message}"):
-        read_lines([tmp_path / "r.jsonl"])
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_lines([tmp_path / "none.jsonl"])
-
-
-def test_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = rates_by_point([line("plain", 10.0), line("plain", 30.0, concurrency=4), line("plain", 9.0, temperature=1.0, prompt_set="x")])
-    draw(rates, tmp_path / "r.png")
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match="plot"):
-        draw(rates, tmp_path / "r.png")
+def test_what_is_left_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_offline(plan_for(folder, "plain", levels=(1, 2, 4)), opener([])[0], encode, None)
+    assert capsys.readouterr().err.count("left") == 2  # after the last point nothing is

@@ -3,72 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.scripted_streams import Server, chunk, usage
 
 from dspark.bench.http_client import Ask, StreamFailure, read_stream, send
+from dspark.bench.load import Load, Measured, connect, run_load
 from dspark.bench.metrics import Limits
-from dspark.bench.online import Load, OnlinePlan, connect, reported_acceptance, run_load, run_online, summarize_answers
+from dspark.bench.online import OnlinePlan, run_online
+from dspark.bench.traffic import Job, ServiceClass
 from dspark.errors import ConfigError
 
 ASK = Ask(model="tiny", max_tokens=8)
-
-
-def chunk(text: str = "", finish: str | None = None) -> str:
-    return "data: " + json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]})
-
-
-def usage(tokens: int) -> str:
-    return "data: " + json.dumps({"choices": [], "usage": {"completion_tokens": tokens}})
-
-
-class Server:
-    """A server of one answer per prompt: ``script(prompt)`` gives the status and the lines; counts what is open."""
-
-    def __init__(self, script: Callable[[str], tuple[int, Sequence[str]]]) -> None:
-        self.script = script
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[str] = []
-        self.open = 0
-        self.most_open = 0
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the requests of one connection until the client closes it."""
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while head := (await reader.readuntil(b"\r\n\r\n")).decode():
-                self.headers.append(head)
-                length = next((int(line.split(":")[1]) for line in head.split("\r\n") if line.lower().startswith("content-length")), 0)
-                body = await reader.readexactly(length)
-                if head.startswith("GET"):
-                    self._plain(writer, json.dumps({"data": [{"id": "tiny"}]}))
-                    continue
-                self.open += 1
-                self.most_open = max(self.most_open, self.open)
-                await self._stream(writer, json.loads(body))
-                self.open -= 1
-        writer.close()
-
-    async def _stream(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
-        self.bodies.append(body)
-        status, lines = self.script(body["messages"][0]["content"] if "messages" in body else body["prompt"])
-        if status != 200:
-            self._plain(writer, "{}", status)
-            return
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for line in lines:
-            await asyncio.sleep(0.004)
-            data = f"{line}\n\n".encode()
-            writer.write(b"%x\r\n%s\r\n" % (len(data), data))
-        writer.write(b"0\r\n\r\n")
-
-    @staticmethod
-    def _plain(writer: asyncio.StreamWriter, text: str, status: int = 200) -> None:
-        writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(text)}\r\n\r\n{text}".encode())
+JOB = Job(ASK, "x")
 
 
 def with_server(server: Server, use: Callable[[str], Coroutine[Any, Any, Any]]) -> Any:
@@ -96,7 +47,7 @@ def test_stream_counts_text_chunks_and_usage_tokens() -> None:
     answer = asyncio.run(read_stream(lines, 0.0))
     assert answer.timeline is not None
     assert (len(answer.timeline.chunk_s), answer.timeline.num_tokens) == (2, 5)
-    assert reported_acceptance([answer]) is None
+    assert Measured((JOB,), (answer,), 1.0).acceptance is None
 
 
 def test_stream_of_completions_and_of_an_empty_answer() -> None:
@@ -114,7 +65,7 @@ def test_acceptance_is_what_the_server_reports() -> None:
         return "data: " + json.dumps({"choices": [], "usage": {"completion_tokens": 3}, "metrics": {"speculative_decoding": block}})
 
     answers = [asyncio.run(read_stream(lines_of(chunk("a", "stop"), told(*one), "data: [DONE]"), 0.0)) for one in ((2, 5), (0, 0), (2, 1))]
-    assert reported_acceptance(answers) == 2.5
+    assert Measured((JOB,) * 3, tuple(answers), 1.0).acceptance == 2.5
 
 
 @pytest.mark.parametrize(
@@ -143,10 +94,12 @@ def test_concurrency_is_kept_and_errors_are_counted() -> None:
 
     async def use(url: str) -> Any:
         async with connect(url, "secret", 10.0) as client:
-            return await run_load(client, ASK, ["x", "busy", "x", "cut", "x", "x", "x"], Load(concurrency=3), seed=0)
+            jobs = [Job(ASK, prompt) for prompt in ("x", "busy", "x", "cut", "x", "x", "x")]
+            return await run_load(client, jobs, Load(concurrency=3), seed=0)
 
-    answers, seconds = with_server(server, use)
-    summary, errors = summarize_answers(answers, seconds, Limits())
+    measured = with_server(server, use)
+    summary, errors = measured.summary(), measured.errors
+    assert [answer.error is None for answer in measured.answers] == [True, False, True, False, True, True, True]
     assert (server.most_open, summary.requests, summary.errors, summary.output_tokens) == (3, 7, 2, 35)
     assert errors == {"HTTP 503": 1, "the stream ended without [DONE]": 1}
     assert summary.tokens_per_chunk == 2.333
@@ -168,10 +121,9 @@ def test_a_rate_does_not_wait_for_answers() -> None:
 
     async def use(url: str) -> Any:
         async with connect(url, None, 10.0) as client:
-            return await run_load(client, ASK, ["x"] * 30, Load(rate_per_s=1000.0), seed=3)
+            return await run_load(client, [JOB] * 30, Load(rate_per_s=1000.0), seed=3)
 
-    answers, _ = with_server(server, use)
-    assert all(answer.error is None for answer in answers)
+    assert not with_server(server, use).errors
     assert server.most_open > 5
 
 
@@ -221,3 +173,38 @@ def test_run_online_refuses_what_is_no_server(tmp_path: Path) -> None:
 def test_default_numbers_of_requests() -> None:
     assert [Load(concurrency=c).default_requests() for c in (1, 2, 16)] == [8, 8, 64]
     assert [Load(rate_per_s=r).default_requests() for r in (0.1, 2.0)] == [8, 60]
+
+
+def test_classes_are_sent_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mix of sets; each request carries its class and budget, unless told not to, and is held against them either way."""
+    (tmp_path / "mine.jsonl").write_text('{"turns": ["hello"]}\n')
+    (tmp_path / "yours.jsonl").write_text('{"turns": ["good bye"]}\n')
+    out = tmp_path / "out.jsonl"
+    classes = (ServiceClass("fast", Limits(ttft_ms=0.001), 1.0), ServiceClass("slow", Limits(ttft_ms=1e6, tpot_ms=1e6), 3.0))
+    server = Server(good)
+
+    async def use(url: str) -> int:
+        with out.open("w") as file:
+            for tells in (True, False):
+                plan = OnlinePlan(
+                    url, ASK, None, tmp_path, ("mine", "yours"), (Load(rate_per_s=500.0),), 40, Limits(), 1, 10.0, True, classes, tells
+                )
+                await run_online(plan, file)
+        return 0
+
+    with_server(server, use)
+    first, second = (json.loads(line) for line in out.read_text().splitlines())
+    told, untold = server.bodies[1:41], server.bodies[42:]
+    assert {body["messages"][0]["content"] for body in told} == {"hello", "good bye"}
+    expected = {"fast": {"ttft_ms": 0.001}, "slow": {"ttft_ms": 1e6, "tpot_ms": 1e6}}
+    assert all(body["latency_budget"] == expected[body["service_class"]] for body in told)
+    assert not any("latency_budget" in body or "service_class" in body for body in untold)
+    assert (first["prompt_set"], first["tells_budgets"], second["tells_budgets"]) == ("mine+yours", True, False)
+    for record in (first, second):
+        fast, slow = record["classes"]["fast"], record["classes"]["slow"]
+        assert 0 < fast["requests"] < slow["requests"] == 40 - fast["requests"]
+        assert (fast["goodput_share"], slow["goodput_share"]) == (0.0, 1.0)
+        assert record["goodput_share"] == pytest.approx(slow["requests"] / 40)
+        assert slow["limits"] == {"ttft_ms": 1e6, "tpot_ms": 1e6}
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("mine+yours", "  fast", "  slow"))]
+    assert [row.split()[0] for row in rows] == ["mine+yours", "fast", "slow"] * 2

@@ -23,6 +23,7 @@ class Row:
     y: str
     curves: Callable[[str], Curves]
     is_line: bool = True
+    is_log: bool = False  # powers of two along x
 
 
 def draw(records: Sequence[Mapping[str, Any]], png: Path) -> None:
@@ -31,16 +32,19 @@ def draw(records: Sequence[Mapping[str, Any]], png: Path) -> None:
     Rows for which the records have no figures are left out. ConfigError without matplotlib.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("--png needs matplotlib: pip install 'dspark-serve[plot]'") from error
     rows = _rows(records)
     names = sorted({str(record["prompt_set"]) for record in offline(records)})
+    labels = sorted({label for row in rows for name in names for label in row.curves(name)})
+    colours = {label: colormaps["tab20"](place % 20) for place, label in enumerate(labels)}
     figure = Figure(figsize=(WIDTH * len(names), HEIGHT * len(rows)))
     grid = figure.subplots(len(rows), len(names), squeeze=False)
     for row, panels in zip(rows, grid, strict=True):
         for name, axes in zip(names, panels, strict=True):
-            _draw_panel(axes, name, row)
+            _draw_panel(axes, name, row, colours)
     if forced := sorted({str(text) for record in offline(records) if (text := record.get("synthetic_acceptance")) is not None}):
         figure.suptitle(f"{SYNTHETIC} ACCEPTANCE, forced: {'; '.join(forced)}")
     figure.tight_layout()
@@ -53,8 +57,14 @@ def _rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     predicted, measured = values_by_point(records, "predicted_step_ms"), values_by_point(records, "measured_step_ms")
     rows = [Row("tokens/s per user", "tokens/s", lambda name: curves(rates, name, lambda point, _, rate: (rate / point[1], rate)))]
     if budgets:
-        budget = "drafted tokens verified a request and round"
-        rows.append(Row("streams", budget, lambda name: curves(budgets, name, lambda point, _, mean: (point[1], mean))))
+        rows.append(
+            Row(
+                "streams",
+                "drafted tokens verified a request and round",
+                lambda name: curves(budgets, name, lambda point, _, mean: (point[1], mean)),
+                is_log=True,
+            )
+        )
     if predicted:
         pairs = {
             point: {label: ms for label, ms in found.items() if label in predicted.get(point, {})} for point, found in measured.items()
@@ -80,14 +90,17 @@ def curves(values: Rates, name: str, place: Callable[[tuple[str, int, float], st
     return found
 
 
-def _draw_panel(axes: Any, name: str, row: Row) -> None:
+def _draw_panel(axes: Any, name: str, row: Row, colours: Mapping[str, Any]) -> None:
     found = row.curves(name)
     for label, places in sorted(found.items()):
         xs, ys = zip(*places, strict=True)
-        axes.plot(xs, ys, marker="o", linestyle="-" if row.is_line else "none", label=label)
+        axes.plot(xs, ys, marker="o", linestyle="-" if row.is_line else "none", label=label, color=colours[label])
     if not row.is_line and found:
         ends = [value for places in found.values() for pair in places for value in pair]
         axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="grey", linestyle="--", label="equal")
     axes.set(title=name, xlabel=row.x, ylabel=row.y)
+    if row.is_log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     if found:
         axes.legend(fontsize="small")

@@ -155,21 +155,27 @@ class Enumeration:
         return self._cache[key]
 
     def worst_error(self, laws: Mapping[Tokens, float], length: int) -> float:
-        """Largest deviation, over all texts of ``length`` tokens, from the product of target laws.
+        """Largest deviation, over all texts of ``length`` tokens, from the product of target laws."""
+        return worst_error(laws, self.target, length)
 
-        Rounds that committed fewer tokens go on by the target's own law; those that committed more are cut.
-        """
-        found: dict[Tokens, float] = {}
-        for tokens, prob in laws.items():
-            for text, share in self._texts(tokens[:length], length):
-                found[text] = found.get(text, 0.0) + prob * share
-        return max(abs(found.get(text, 0.0) - wanted) for text, wanted in self._texts((), length))
 
-    def _texts(self, tokens: Tokens, length: int) -> list[tuple[Tokens, float]]:
-        texts = [(tokens, 1.0)]
-        for _ in range(length - len(tokens)):
-            texts = [((*text, v), prob * float(p)) for text, prob in texts for v, p in enumerate(self.target(text)) if p > 0]
-        return texts
+def worst_error(laws: Mapping[Tokens, float], target: Law, length: int) -> float:
+    """Largest deviation, over all texts of ``length`` tokens, of laws of committed tokens from the product of target laws.
+
+    Rounds that committed fewer tokens go on by the target's own law; those that committed more are cut.
+    """
+    found: dict[Tokens, float] = {}
+    for tokens, prob in laws.items():
+        for text, share in _texts(target, tokens[:length], length):
+            found[text] = found.get(text, 0.0) + prob * share
+    return max(abs(found.get(text, 0.0) - wanted) for text, wanted in _texts(target, (), length))
+
+
+def _texts(target: Law, tokens: Tokens, length: int) -> list[tuple[Tokens, float]]:
+    texts = [(tokens, 1.0)]
+    for _ in range(length - len(tokens)):
+        texts = [((*text, v), prob * float(p)) for text, prob in texts for v, p in enumerate(target(text)) if p > 0]
+    return texts
 
 
 # --- tests of fit ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 ::
 
     logits      [N, V]     fp32 or bf16; an item owns rows first_row .. first_row + len(draft)
-    row j       predicts position len(prompt) + len(output) + j, after drafts 0 .. j - 1
+    row j       of a chain predicts position len(prompt) + len(output) + j, after drafts 0 .. j - 1
     draft law   ids, probs [n, k], the law each draft was drawn from (one-hot when the tree carries none)
 
 Two rules (DSpark section 3.1, and docs/adr), one and the same at temperature 0:
@@ -13,6 +13,8 @@ Two rules (DSpark section 3.1, and docs/adr), one and the same at temperature 0:
 * **ratio**: draft x stands with probability min(1, target(x) / draft(x)); the first that falls is replaced by a draw from
   normalise(max(0, target - draft)); if all stand, trimmed or not, the next token comes from the full target law.
 
+Drafts that branch are judged by the same rules in ``tree_judge.py``.
+
 Random numbers are keyed by (request seed, position, purpose) and rows are processed one by one in effect, so that a
 verdict depends on nothing but its own rows. A pass takes many rows at once and reads back twice. On an accelerator one
 pass takes them all; on CPU a pass takes what fits a cache, and rows behind a rejected draft are never looked at.
@@ -20,6 +22,7 @@ pass takes them all; on CPU a pass takes what fits a cache, and rows behind a re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,46 +32,17 @@ from torch import Tensor
 
 from dspark.kernels.keyed_random import ACCEPT, uniform
 from dspark.kernels.top import first_argmax
-from dspark.sampling import AcceptanceRule, SamplingParams
-from dspark.types import DraftLaw, DraftTree, TokenLogprob
+from dspark.sampling import AcceptanceRule
+from dspark.types import DraftLaw, TokenLogprob
 from dspark.workers.verifier.laws import Block, TargetLaws, edit, has_penalties, target_laws
 from dspark.workers.verifier.logprobs import prompt_logprobs, score
 from dspark.workers.verifier.ratio import DraftRows, accept_probability, residual_weights
+from dspark.workers.verifier.tree_judge import judge_trees
+from dspark.workers.verifier.verdict import JudgeItem, Verdict
 
 __all__ = ["JudgeItem", "Verdict", "judge", "prompt_logprobs"]
 
 PASS_ELEMENTS = 1 << 20  # logits looked at in one pass on CPU
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeItem:
-    """One request's rows of a step.
-
-    ``output`` are its committed output ids (the anchor is the last of prompt + output). ``draft`` holds only the nodes that
-    were verified; None: nothing was. ``stop_ids`` are suppressed while fewer than ``min_tokens`` output tokens would exist.
-    """
-
-    request_id: str
-    sampling: SamplingParams
-    noise_seed: int
-    prompt: Sequence[int]
-    output: Sequence[int]
-    draft: DraftTree | None
-    first_row: int
-    stop_ids: tuple[int, ...] = ()
-
-    @property
-    def drafted(self) -> tuple[int, ...]:
-        return self.draft.tokens if self.draft is not None else ()
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """``tokens``: the accepted drafts, then one token of the target's own; ``logprobs`` of each where the request asks for them."""
-
-    tokens: tuple[int, ...]
-    accepted: int
-    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -83,6 +57,11 @@ class _Round:
     def num_left(self) -> int:
         """Rows not decided yet."""
         return len(self.item.drafted) + 1 - self.accepted
+
+    def verdict(self) -> Verdict:
+        """The verdict of a round that is decided."""
+        assert self.own is not None
+        return Verdict((*self.item.drafted[: self.accepted], self.own), self.accepted)
 
     def next_span(self, num_rows: int) -> _Span:
         return _Span(self, self.item, self.accepted, min(num_rows, self.num_left))
@@ -104,7 +83,7 @@ class _Span:
 
     @property
     def positions(self) -> range:
-        first = len(self.item.prompt) + len(self.item.output) + self.start
+        first = self.item.base_len + self.start
         return range(first, first + self.num_rows)
 
     @property
@@ -141,7 +120,15 @@ class _Span:
 
 def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Verdict]:
     """Judge every item over its rows of logits [N, V]; verdicts in the order of ``items``. The logits are not changed."""
-    assert all(item.draft is None or item.draft.is_chain for item in items), "the judge takes chains"
+    is_tree = [item.draft is not None and not item.draft.is_chain for item in items]
+    walks = iter(judge_trees(logits, [item for item, branches in zip(items, is_tree, strict=True) if branches], _max_rows(logits)))
+    rounds = iter(_judge_chains(logits, [item for item, branches in zip(items, is_tree, strict=True) if not branches]))
+    verdicts = [next(walks).verdict() if branches else next(rounds).verdict() for branches in is_tree]
+    scores = _score_items(logits, items, verdicts)
+    return [dataclasses.replace(verdict, logprobs=scores[place]) if place in scores else verdict for place, verdict in enumerate(verdicts)]
+
+
+def _judge_chains(logits: Tensor, items: Sequence[JudgeItem]) -> list[_Round]:
     rounds = [_Round(item) for item in items]
     whole = [turn.next_span(turn.num_left) for turn in rounds]
     is_plain = [span.item.sampling.is_greedy and not span.block.needs_edit for span in whole]
@@ -151,14 +138,17 @@ def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Verdict]:
         spans = _next_pass(pending, logits)
         _judge_pass(logits, spans)
         pending = pending[len(spans) :] + [span.round for span in spans if span.round.own is None]
-    tokens = [(*turn.item.drafted[: turn.accepted], turn.own) for turn in rounds if turn.own is not None]
-    scores = _score_items(logits, items, tokens)
-    return [Verdict(kept, turn.accepted, scores.get(place)) for place, (turn, kept) in enumerate(zip(rounds, tokens, strict=True))]
+    return rounds
+
+
+def _max_rows(logits: Tensor) -> int:
+    """How many rows a pass takes on CPU."""
+    return max(1, PASS_ELEMENTS // logits.shape[1])
 
 
 def _next_pass(pending: Sequence[_Round], logits: Tensor) -> list[_Span]:
     """The next rows to judge together: all that are left on an accelerator, otherwise at most what fits a cache, spread evenly."""
-    limit = sum(turn.num_left for turn in pending) if logits.is_cuda else max(1, PASS_ELEMENTS // logits.shape[1])
+    limit = sum(turn.num_left for turn in pending) if logits.is_cuda else _max_rows(logits)
     taken = pending[:limit]
     share = limit if logits.is_cuda else limit // len(taken)
     # Penalties count the request's whole history: once, not once a pass.
@@ -283,13 +273,13 @@ class _End:
     draft: int | None
 
 
-def _score_items(logits: Tensor, items: Sequence[JudgeItem], tokens: Sequence[tuple[int, ...]]) -> dict[int, tuple[TokenLogprob, ...]]:
+def _score_items(logits: Tensor, items: Sequence[JudgeItem], verdicts: Sequence[Verdict]) -> dict[int, tuple[TokenLogprob, ...]]:
     """Log-probabilities of the tokens of every item that asks for them, by its place."""
     asked = [(place, item.sampling.logprobs) for place, item in enumerate(items) if item.sampling.logprobs is not None]
     if not asked:
         return {}
-    rows = [items[place].first_row + j for place, _ in asked for j in range(len(tokens[place]))]
-    chosen = [token for place, _ in asked for token in tokens[place]]
-    tops = [top for place, top in asked for _ in tokens[place]]
+    rows = [items[place].first_row + node + 1 for place, _ in asked for node in (-1, *verdicts[place].nodes)]
+    chosen = [token for place, _ in asked for token in verdicts[place].tokens]
+    tops = [top for place, top in asked for _ in verdicts[place].tokens]
     scored = iter(score(logits[torch.tensor(rows, device=logits.device)], chosen, tops))
-    return {place: tuple(next(scored) for _ in tokens[place]) for place, _ in asked}
+    return {place: tuple(next(scored) for _ in verdicts[place].tokens) for place, _ in asked}

@@ -2,7 +2,7 @@
 
 Order: logit_bias, penalties, min_tokens mask (``edit``), then temperature, min_p, top_k, top_p (``target_laws``)::
 
-    rows      [R, V]  fp32, edited in place; row j of a block predicts the token after ``output + drafted[:j]``
+    rows      [R, V]  fp32, edited in place; row 0 of a block predicts the token after ``output``, row j + 1 that after draft j
     probs     [R, V]  fp32, each row sums to 1; 0 outside a truncated row's support
     support   [S, W]  int64, for the rows whose mass lies on few ids: those ids, so that a draw need not visit all V
 
@@ -25,6 +25,7 @@ from dspark.kernels.draft_draw import MIN_TEMPERATURE
 from dspark.kernels.keyed_random import TOKEN, race
 from dspark.kernels.top import largest
 from dspark.sampling import SamplingParams
+from dspark.workers.verifier.tree import depths, visible
 
 NARROW = 80  # candidates looked at before a truncated row is sorted whole: top_k 64 with room for ties
 ONE_BITS = 0x3F800000  # fp32 1.0 as an integer; the bits of probabilities order as the probabilities do
@@ -44,27 +45,39 @@ def has_penalties(sampling: SamplingParams) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One request's rows of a step: row j predicts the token that follows ``output + drafted[:j]``."""
+    """One request's rows of a step: row 0 predicts the token after ``output``, row j + 1 the one after draft j and its path.
+
+    ``parents`` None: the drafts are a chain, so row j follows ``output + drafted[:j]``.
+    """
 
     sampling: SamplingParams
     prompt: Sequence[int]
     output: Sequence[int]
     drafted: Sequence[int]
     stop_ids: Sequence[int]
+    parents: Sequence[int] | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.drafted) + 1
 
     @property
-    def num_unstoppable(self) -> int:
-        """How many of the rows, from the first, would end the request before ``min_tokens``."""
+    def unstoppable(self) -> list[int]:
+        """The rows that would end the request before ``min_tokens``."""
         missing = self.sampling.min_tokens - len(self.output)
-        return max(0, min(missing, self.num_rows)) if self.stop_ids else 0
+        if missing <= 0 or not self.stop_ids:
+            return []
+        lengths = range(len(self.drafted)) if self.parents is None else depths(self.parents)
+        return [0, *(node + 1 for node, length in enumerate(lengths) if length + 1 < missing)]
 
     @property
     def needs_edit(self) -> bool:
-        return bool(self.sampling.logit_bias) or has_penalties(self.sampling) or self.num_unstoppable > 0
+        return bool(self.sampling.logit_bias) or has_penalties(self.sampling) or bool(self.unstoppable)
+
+    def drafts_before(self) -> Tensor:
+        """Which drafts each row follows, [R, drafts] bool."""
+        seen = torch.ones(len(self.drafted), len(self.drafted), dtype=torch.bool).tril() if self.parents is None else visible(self.parents)
+        return torch.cat([seen.new_zeros(1, len(self.drafted)), seen])
 
 
 def edit(rows: Tensor, block: Block) -> None:
@@ -74,8 +87,9 @@ def edit(rows: Tensor, block: Block) -> None:
         rows[:, ids] += torch.tensor(list(block.sampling.logit_bias.values()), dtype=rows.dtype, device=rows.device)
     if has_penalties(block.sampling):
         _penalise(rows, block)
-    if count := block.num_unstoppable:
-        rows[:count, torch.tensor(block.stop_ids, device=rows.device)] = -torch.inf
+    if unstoppable := block.unstoppable:
+        at = torch.tensor(unstoppable, device=rows.device)
+        rows[at[:, None], torch.tensor(block.stop_ids, device=rows.device)] = -torch.inf
 
 
 def _penalise(rows: Tensor, block: Block) -> None:
@@ -87,9 +101,8 @@ def _penalise(rows: Tensor, block: Block) -> None:
     in_prompt, in_output, in_draft = places.split([len(prompt), len(block.output), len(block.drafted)])
     counts = torch.bincount(in_output, minlength=len(ids)).to(torch.float32)
     if block.drafted:
-        added = torch.zeros(block.num_rows, len(ids))
-        added[torch.arange(1, block.num_rows), in_draft] = 1.0
-        counts = counts + added.cumsum(0)
+        is_token = torch.zeros(len(block.drafted), len(ids)).scatter_(1, in_draft[:, None], 1.0)
+        counts = counts + block.drafts_before().to(torch.float32) @ is_token
     is_output = counts > 0
     at = ids.to(rows.device)
     values = rows[:, at]

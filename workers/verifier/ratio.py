@@ -36,6 +36,18 @@ def residual_weights(target: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
     return torch.where(residual.amax(-1, keepdim=True) > 0, residual, target)
 
 
+def shrink(left: Tensor, total: Tensor, ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a rejected candidate leaves for its next sibling: max(0, left - total * draft) and its sum, not normalised.
+
+    ``left`` [B, V] with sums ``total`` [B] fp64 is what its predecessors left, in proportion to the law that it was tried
+    against. Where nothing would remain at all, left and total stay as they are.
+    """
+    smaller = left.scatter_add(1, ids, -(total[:, None] * probs).to(left.dtype)).clamp_(min=0.0)
+    sums = smaller.sum(-1, dtype=torch.float64)
+    is_left = sums > 0
+    return torch.where(is_left[:, None], smaller, left), torch.where(is_left, sums, total)
+
+
 @dataclass(frozen=True, slots=True)
 class DraftRows:
     """Some drafted tokens with the law of each: tokens [B], ids and probs [B, k], token_probs [B]."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dspark.kernels.keyed_random import DRAFT, TOKEN, race
+from dspark.kernels.keyed_random import DRAFT, TOKEN, exponential, race
 from dspark.kernels.top import largest
 
 MIN_TEMPERATURE = 1e-30  # below it logits / temperature would overflow; the law is the argmax long before
@@ -46,3 +46,20 @@ def draw(ids: Tensor, probs: Tensor, seeds: Tensor, positions: Tensor, base_lens
     salt = torch.where(coupled, 0, base_lens)
     columns = race(probs, seeds, positions, purpose, ids, salt)
     return ids.gather(1, columns[:, None]).squeeze(1)
+
+
+def race_order(ids: Tensor, probs: Tensor, seeds: Tensor, positions: Tensor, coupled: Tensor, salts: Tensor) -> Tensor:
+    """Keys [R, B, k] whose descending order draws candidates of B laws (ids, probs) [R, B, k] a row without replacement.
+
+    The first is the token that ``draw`` would give, the next is drawn from the law without the first, and so on. Under the
+    ratio rule the noise is salted with ``salts`` [R, B], the anchor's being the round's base_len and every other node's its
+    ``child_salt``: what follows different nodes must be independent. Coupled rows share the target's noise at the position.
+    """
+    is_coupled = coupled.view(-1, 1, 1)
+    purpose, salt = torch.where(is_coupled, TOKEN, DRAFT), torch.where(is_coupled, 0, salts.unsqueeze(-1))
+    return probs / exponential(seeds.view(-1, 1, 1), positions.view(-1, 1, 1), purpose, ids, salt)
+
+
+def child_salt(salts: Tensor, candidates: Tensor) -> Tensor:
+    """Salts (int64, at least 0) of the nodes that are candidates 0, 1, … of nodes with ``salts``: a hash of the path."""
+    return (salts * 0x2545F4914F6CDD1D + (candidates + 1) * 0x1B03738712FAD5C9) & (2**59 - 1)

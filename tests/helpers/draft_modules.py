@@ -79,10 +79,10 @@ def make_turn(
     max_draft: int = 4,
     sampling: SamplingParams | None = None,
     noise_seed: int = 5,
+    max_nodes: int = 0,
 ) -> DraftTurn:
-    return DraftTurn(
-        request_id, base_len, tuple(tokens), feature_start, features, max_draft, sampling or SamplingParams(temperature=0.0), noise_seed
-    )
+    greedy = SamplingParams(temperature=0.0)
+    return DraftTurn(request_id, base_len, tuple(tokens), feature_start, features, max_draft, sampling or greedy, noise_seed, max_nodes)
 
 
 def random_module(target: Target, seed: int = 0, **changes: Any) -> DSparkModule:

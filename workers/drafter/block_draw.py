@@ -47,7 +47,7 @@ class BlockDraft:
 
 def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: DrawRows, width: int, head_top_k: int | None) -> BlockDraft:
     """Draw x_1 .. x_n left to right, each from its own law truncated to ``width`` ids."""
-    base, candidates = _base_law(module, hidden, head_top_k)
+    base, candidates = base_law(module, hidden, head_top_k)
     head = module.markov_head
     state = None if head is None else head.start(hidden.shape[0])
     previous, before, tokens, laws = anchors, [], [], []
@@ -57,7 +57,7 @@ def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: Draw
             state, latent = head.step(state, head.markov_w1(previous), hidden[:, k])
             logits = logits + head.bias(latent, chosen)
         local, probs = truncate_law(logits, rows.temperature, width)
-        ids = _target_ids(module, local if chosen is None else chosen.gather(1, local))
+        ids = target_ids(module, local if chosen is None else chosen.gather(1, local))
         before.append(previous)
         previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
         tokens.append(previous)
@@ -71,7 +71,7 @@ def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: Draw
     )
 
 
-def _base_law(module: DSparkModule, hidden: Tensor, head_top_k: int | None) -> tuple[Tensor, Tensor | None]:
+def base_law(module: DSparkModule, hidden: Tensor, head_top_k: int | None) -> tuple[Tensor, Tensor | None]:
     """Base logits [R, n, Vd] and None, or the K largest [R, n, K] and their draft vocabulary ids."""
     base = module.base_logits(hidden)
     if head_top_k is None or head_top_k >= base.shape[-1]:
@@ -80,7 +80,8 @@ def _base_law(module: DSparkModule, hidden: Tensor, head_top_k: int | None) -> t
     return values.view(*base.shape[:2], -1), candidates.view(*base.shape[:2], -1)
 
 
-def _target_ids(module: DSparkModule, ids: Tensor) -> Tensor:
+def target_ids(module: DSparkModule, ids: Tensor) -> Tensor:
+    """Ids of the target's vocabulary for those of the draft vocabulary."""
     return ids if module.draft_target_ids is None else module.draft_target_ids[ids]
 
 

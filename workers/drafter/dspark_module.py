@@ -103,3 +103,12 @@ class DSparkModule(nn.Module):
         logits = cast(Tensor, self.confidence_head(hidden, embedded))
         temperatures = self.confidence_temperatures
         return logits if temperatures is None else logits / temperatures[: logits.shape[-1]]
+
+    def branch_confidence_logits(self, position: int, hidden: Tensor, previous: Tensor) -> Tensor | None:
+        """Logits of c at one position (from 0) after B nodes of each request [R, B], from h [R, d] and their tokens [R, B]."""
+        if self.confidence_head is None:
+            return None
+        embedded = None if self.markov_head is None else self.markov_head.markov_w1(previous)
+        logits = cast(Tensor, self.confidence_head(hidden.unsqueeze(1).expand(-1, previous.shape[1], -1), embedded))
+        temperatures = self.confidence_temperatures
+        return logits if temperatures is None else logits / temperatures[position]

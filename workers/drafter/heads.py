@@ -57,6 +57,12 @@ class MarkovHead(nn.Module):
         rows = F.embedding(candidates, self.markov_w2.weight)
         return torch.bmm(latent.unsqueeze(1), rows.transpose(1, 2)).squeeze(1)
 
+    def branch_bias(self, latents: Tensor, candidates: Tensor | None) -> Tensor:
+        """B_k after B nodes of each request [R, B, draft vocabulary], or [R, B, K] at the request's candidates; latents [R, B, r]."""
+        if candidates is None:
+            return F.linear(latents, self.markov_w2.weight)
+        return torch.bmm(latents, F.embedding(candidates, self.markov_w2.weight).transpose(1, 2))
+
     def block_latents(self, previous: Tensor, hidden: Tensor) -> Tensor:
         """Latents of a whole block [R, γ, r] for known tokens ``previous`` [R, γ]: the form that training uses."""
         embedded = self.markov_w1(previous)

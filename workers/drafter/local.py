@@ -18,9 +18,10 @@ from dspark.kernels.buckets import pad_rows
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
 from dspark.workers.drafter.acceptance import AcceptanceEstimator
-from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
+from dspark.workers.drafter.block_draw import DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.paged_context import DraftPools, PagedContext
+from dspark.workers.drafter.tree_draw import TreeRows, draw_trees
 
 PRIOR_ACCEPTANCE = 0.7  # per position, of a module without a confidence head, before anything was seen
 CPU_HEAD_TOP_K = 512
@@ -28,14 +29,18 @@ CPU_HEAD_TOP_K = 512
 
 @dataclass(slots=True)
 class _State:
-    """One live request: its anchor sits at ``base_len - 1``; ``drafted`` is the last draft handed out and not yet judged."""
+    """One live request: its anchor sits at ``base_len - 1``; ``drafted`` is the last draft handed out and not yet judged.
+
+    ``max_nodes`` over 0 asks for trees of at most ``max_draft`` levels.
+    """
 
     base_len: int
     anchor: int
     sampling: SamplingParams
     noise_seed: int
     max_draft: int
-    drafted: tuple[int, ...] = ()
+    max_nodes: int
+    drafted: DraftTree | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -85,14 +90,26 @@ class LocalDrafter:
 
     @torch.no_grad()
     def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
-        """Draft up to ``want[id]`` tokens for every request that has a turn; computed here and now."""
+        """Draft up to ``want[id]`` tokens for every request that has a turn, as a chain or a tree; computed here and now."""
         counts = {request_id: self._num_wanted(request_id, limit) for request_id, limit in want.items()}
         chosen = [request_id for request_id, count in counts.items() if count > 0]
         if not chosen:
             return {}
         states = [self._states[request_id] for request_id in chosen]
-        draft = self._draft(chosen, states, max(counts[request_id] for request_id in chosen))
-        return self._trees(chosen, states, [counts[request_id] for request_id in chosen], draft)
+        hidden = self._hidden(chosen, states)
+        trees: dict[str, DraftTree] = {}
+        for draft, rows in (
+            (self._chains, [i for i, state in enumerate(states) if not state.max_nodes]),
+            (self._trees, [i for i, state in enumerate(states) if state.max_nodes]),
+        ):
+            if rows:
+                part = hidden if len(rows) == len(chosen) else hidden[torch.tensor(rows, device=self._device)]
+                limits = [counts[chosen[i]] for i in rows]
+                drafts = draft([chosen[i] for i in rows], [states[i] for i in rows], limits, part)
+                trees |= {tree.request_id: tree for tree in drafts}
+        for request_id, state in zip(chosen, states, strict=True):
+            state.drafted = trees[request_id]
+        return trees
 
     def close(self, request_ids: Sequence[str]) -> None:
         """Forget requests that ended; their blocks belong to the target's pool."""
@@ -114,7 +131,7 @@ class LocalDrafter:
         if state is not None and turn.tokens and self.module.confidence_head is None:
             self._learn(state, turn.tokens)
         anchor = turn.tokens[-1] if turn.tokens or state is None else state.anchor
-        self._states[turn.request_id] = _State(turn.base_len, anchor, turn.sampling, turn.noise_seed, turn.max_draft)
+        self._states[turn.request_id] = _State(turn.base_len, anchor, turn.sampling, turn.noise_seed, turn.max_draft, turn.max_nodes)
 
     def _learn(self, state: _State, committed: Sequence[int]) -> None:
         """Count visible outcomes for modules without a confidence head.
@@ -122,12 +139,16 @@ class LocalDrafter:
         Only where a token is accepted exactly when it equals the target's: under the ratio rule a trimmed draft and a
         rejected one look alike from here.
         """
-        if not state.is_exact:
+        tree = state.drafted
+        if tree is None or not state.is_exact:
             return
-        for position, (drafted, true) in enumerate(zip(state.drafted, committed, strict=False)):
-            self._estimator.observe(0, position, drafted == true)
-            if drafted != true:
+        node = -1
+        for position, true in enumerate(committed):
+            children = [i for i, parent in enumerate(tree.parents) if parent == node]
+            if not children:
                 break
+            self._estimator.observe(0, position, tree.tokens[children[0]] == true)
+            node = next((child for child in children if tree.tokens[child] == true), len(tree.tokens))
 
     def _slots(self, request_id: str, start: int, count: int) -> Tensor:
         """Pool slots [count] of positions ``start ..``."""
@@ -139,33 +160,57 @@ class LocalDrafter:
 
     def _num_wanted(self, request_id: str, limit: int) -> int:
         state = self._states.get(request_id)
-        return 0 if state is None else min(limit, state.max_draft, self.block_size)
+        if state is None or not state.max_draft:
+            return 0
+        return min(limit, state.max_nodes or min(state.max_draft, self.block_size))
 
-    def _draft(self, request_ids: Sequence[str], states: Sequence[_State], num_steps: int) -> BlockDraft:
+    def _hidden(self, request_ids: Sequence[str], states: Sequence[_State]) -> Tensor:
+        """h_1 .. h_γ [R, γ, d] of every request's block."""
         lengths = [state.base_len - 1 for state in states]
         context = PagedContext(self.pools, [self._tables.table(request_id) for request_id in request_ids], lengths)
-        anchors = self._tensor([state.anchor for state in states])
-        hidden = self.module.block_hidden(anchors, self._tensor(lengths), context)[:, :num_steps]
-        rows = DrawRows(
+        return self.module.block_hidden(self._anchors(states), self._tensor(lengths), context)
+
+    def _chains(self, request_ids: Sequence[str], states: Sequence[_State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
+        """Draft ``counts`` tokens in a row."""
+        draft = draw_block(
+            self.module, hidden[:, : max(counts)], self._anchors(states), self._draw_rows(states), self._law_width, self._head_top_k
+        )
+        tokens = draft.tokens.tolist()
+        confidence = None if draft.confidence is None else draft.confidence.tolist()
+        chains = []
+        for row, (request_id, state, count) in enumerate(zip(request_ids, states, counts, strict=True)):
+            sure = self._estimator.estimate(0) if confidence is None else confidence[row]
+            law = None if state.is_exact else DraftLaw(draft.ids[row, :count], draft.probs[row, :count])
+            chains.append(DraftTree.chain(request_id, state.base_len, tokens[row][:count], sure[:count], law))
+        return chains
+
+    def _trees(self, request_ids: Sequence[str], states: Sequence[_State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
+        """Draft trees of at most ``counts`` nodes."""
+        levels = [min(state.max_draft, self.block_size) for state in states]
+        rows = TreeRows(self._draw_rows(states), counts, levels, self._estimator.estimate(0))
+        drafts = draw_trees(self.module, hidden, self._anchors(states), rows, self._law_width, self._head_top_k)
+        return [
+            DraftTree(
+                request_id=request_id,
+                base_len=state.base_len,
+                tokens=draft.tokens,
+                parents=draft.parents,
+                confidence=draft.confidence,
+                law=None if state.is_exact else DraftLaw(draft.ids, draft.probs),
+            )
+            for request_id, state, draft in zip(request_ids, states, drafts, strict=True)
+        ]
+
+    def _draw_rows(self, states: Sequence[_State]) -> DrawRows:
+        return DrawRows(
             temperature=torch.tensor([state.sampling.temperature for state in states], dtype=torch.float32, device=self._device),
             seeds=self._tensor([state.noise_seed for state in states]),
             base_lens=self._tensor([state.base_len for state in states]),
             coupled=torch.tensor([state.sampling.rule is AcceptanceRule.COUPLED for state in states], device=self._device),
         )
-        return draw_block(self.module, hidden, anchors, rows, self._law_width, self._head_top_k)
 
-    def _trees(
-        self, request_ids: Sequence[str], states: Sequence[_State], counts: Sequence[int], draft: BlockDraft
-    ) -> dict[str, DraftTree]:
-        tokens = draft.tokens.tolist()
-        confidence = None if draft.confidence is None else draft.confidence.tolist()
-        trees = {}
-        for row, (request_id, state, count) in enumerate(zip(request_ids, states, counts, strict=True)):
-            sure = self._estimator.estimate(0) if confidence is None else confidence[row]
-            law = None if state.is_exact else DraftLaw(draft.ids[row, :count], draft.probs[row, :count])
-            state.drafted = tuple(tokens[row][:count])
-            trees[request_id] = DraftTree.chain(request_id, state.base_len, state.drafted, sure[:count], law)
-        return trees
+    def _anchors(self, states: Sequence[_State]) -> Tensor:
+        return self._tensor([state.anchor for state in states])
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -57,6 +57,11 @@ class KVStore:
         self.keys = {i: like.new_zeros(slots, s.kv_heads, s.key_dim) for i, s in layers.items() if s.source == i}
         self.values = {i: like.new_zeros(slots, s.kv_heads, s.value_dim) for i, s in layers.items() if s.source == i}
 
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy what the slots ``sources`` [n] int64 hold to the slots ``targets`` [n], in every pool; the two may overlap."""
+        for pool in (*self.keys.values(), *self.values.values()):
+            pool.index_copy_(0, targets, pool.index_select(0, sources))
+
     @staticmethod
     def bytes_per_token(layers: dict[int, LayerShape], itemsize: int) -> int:
         """Bytes of KV that one position takes over all layers."""

@@ -139,6 +139,8 @@ class DraftPlanner:
         self.budget = count + fixed
         self._drafts_a_row += ROW_RATE * (self.budget / max(num_rows, 1) - self._drafts_a_row)
         self._history.append(ranking)
+        if any(s.sequence.speculation.tree_nodes for s in trimmed):
+            survival = pack([_branch_survival(s.sequence) for s in trimmed])
         self.policy.observe(survival)
 
     def _count(self, ranking: Ranking, num_rows: int, seconds: Floats, can_look_ahead: bool) -> int:
@@ -172,6 +174,18 @@ def num_drafted(sequence: Sequence) -> int:
     if draft is None or draft.base_len != sequence.num_known:
         return 0
     return min(len(draft.tokens), sequence.drafts_wanted)
+
+
+def _branch_survival(sequence: Sequence) -> list[float]:
+    """Survival of the branch of best candidates: of a tree, what a chain would be, so that the two teach the policy alike."""
+    survival, parents = sequence.survival[: num_drafted(sequence)], () if sequence.draft is None else sequence.draft.parents
+    branch: list[float] = []
+    tip = -1
+    for node, value in enumerate(survival):
+        if parents[node] == tip:
+            branch.append(value)
+            tip = node
+    return branch
 
 
 def _pace(trimmed: Seq[Share], shares: Seq[Share]) -> Pace:

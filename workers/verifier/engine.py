@@ -29,7 +29,7 @@ from dspark.workers.verifier.laws import check_sampling
 from dspark.workers.verifier.runner import Runner, StepResult
 from dspark.workers.verifier.scheduler import Limits, Scheduler
 from dspark.workers.verifier.sequence import Sequence
-from dspark.workers.verifier.survival import HeadSurvival, SurvivalEstimator
+from dspark.workers.verifier.survival import HeadSurvival, SurvivalEstimator, never_rising
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.text import TextStream
 
@@ -50,12 +50,11 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """One row's tokens that got KV for good: ``count`` from flat index ``flat``, at positions ``start`` on."""
+    """One row's tokens that got KV for good: those at ``rows`` of the step's token axis, at positions ``start`` on."""
 
     sequence: Sequence
-    flat: int
+    rows: Seq[int]
     start: int
-    count: int
 
 
 @dataclass(slots=True)
@@ -181,6 +180,7 @@ class Engine:
             return []
         result = self.runner.forward(plan, self.sequences)
         verdicts = self._judge(plan, result)
+        self.runner.keep_paths(plan, verdicts)
         times.judged_s = self.clock()
         record = self._record(plan, times)
         if self.options.overlapped:
@@ -197,10 +197,10 @@ class Engine:
         drafts: dict[str, DraftTree] = self.drafter.collect(want, self.options.draft_wait_s) if want else {}
         for sequence in self.scheduler.chosen:
             draft = drafts.get(sequence.id)
-            is_fresh = draft is not None and draft.base_len == sequence.num_known and draft.is_chain
+            is_fresh = draft is not None and draft.base_len == sequence.num_known
             sequence.draft = draft if is_fresh else None
-            sequence.survival = self.survival.survival(draft) if draft is not None and is_fresh else ()
-        return len(want), max(want.values(), default=0)
+            sequence.survival = never_rising(self.survival.survival(draft)) if draft is not None and is_fresh else ()
+        return len(want), max((s.draft_depth for s in self.scheduler.chosen), default=0)
 
     def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:
         rows = [(row, first) for row, first in zip(plan.rows, result.first_row, strict=True) if row.samples]
@@ -263,15 +263,16 @@ class Engine:
             sequence = self.sequences[row.request_id]
             self._score_prompt(sequence, row.start, result, index)
             verdict = verdicts.get(row.request_id)
-            kept = row.num_known + (verdict.accepted if verdict else 0)
+            accepted = verdict.nodes if verdict is not None else ()
             if verdict is not None:
                 outcome = self._commit_tokens(sequence, verdict, row.num_commit, now_s)
                 outcomes.append(outcome)
                 if outcome.finish is not None:
                     ended.append(sequence)
             if not ended or ended[-1] is not sequence:
-                advances.append(Advance(sequence, flat, row.start, kept))
-            self.scheduler.commit(sequence, min(row.start + kept, sequence.num_known))
+                known = range(flat, flat + row.num_known)
+                advances.append(Advance(sequence, [*known, *(known.stop + node for node in accepted)], row.start))
+            self.scheduler.commit(sequence, min(row.start + row.num_known + len(accepted), sequence.num_known))
             flat += row.num_tokens
         self._forget(ended)
         return outcomes, advances
@@ -312,14 +313,16 @@ class Engine:
         """Tell the drafter what became known, with the projected features of every position that got KV for good."""
         features: list[Tensor | None] = [None] * len(advances)
         if taps is not None and advances:
-            rows = [i for a in advances for i in range(a.flat, a.flat + a.count)]
+            rows = [row for advance in advances for row in advance.rows]
             projected = self.drafter.project(pad_rows(taps[rows]))[: len(rows)]
-            features = list(projected.split([a.count for a in advances]))
+            features = list(projected.split([len(advance.rows) for advance in advances]))
         depth = self.drafts.depth(self.scheduler.running)
         turns = []
         for advance, feature in zip(advances, features, strict=True):
             sequence = advance.sequence
-            sequence.drafts_wanted = self._num_wanted(sequence, depth) if sequence.num_pending == 1 else 0
+            sequence.draft_depth = self._draft_depth(sequence, depth) if sequence.num_pending == 1 else 0
+            nodes = sequence.max_nodes(sequence.draft_depth, self.options.max_model_len)
+            sequence.drafts_wanted = nodes or sequence.draft_depth
             turns.append(
                 DraftTurn(
                     request_id=sequence.id,
@@ -327,16 +330,17 @@ class Engine:
                     tokens=tuple(sequence.tokens[sequence.num_taught :]),
                     feature_start=advance.start,
                     features=feature,
-                    max_draft=sequence.drafts_wanted,
+                    max_draft=sequence.draft_depth,
                     sampling=sequence.request.sampling,
                     noise_seed=sequence.request.noise_seed,
+                    max_nodes=nodes,
                 )
             )
             sequence.num_taught = sequence.num_known
         self.drafter.propose(turns)
 
-    def _num_wanted(self, sequence: Sequence, depth: int) -> int:
-        """How many drafted tokens to ask for; ``depth`` is the policy's answer for adaptive verification."""
+    def _draft_depth(self, sequence: Sequence, depth: int) -> int:
+        """How many tokens deep to draft; ``depth`` is the policy's answer for adaptive verification."""
         most = sequence.max_draft(self.drafter.block_size)
         if sequence.speculation.mode is not Mode.ADAPTIVE:
             return most

@@ -15,6 +15,8 @@ from dspark.workers.verifier.attention import KVStore, PagedStep, embedding_hook
 from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.targets import Target
+from dspark.workers.verifier.tree import depths, visible
+from dspark.workers.verifier.verdict import Verdict
 
 
 @dataclass(slots=True)
@@ -61,7 +63,10 @@ class Runner:
             sequence = sequences[row.request_id]
             table = self.pool.table(row.request_id)
             begin, end = row.start, row.start + row.num_tokens
-            rows.append(AttentionRow(len(ids), row.num_tokens, end, table))
+            draft = sequence.draft.first(row.num_draft) if row.num_draft and sequence.draft is not None else None
+            branches = draft is not None and not draft.is_chain
+            parents = draft.parents if draft is not None and branches else range(-1, row.num_draft - 1)
+            rows.append(AttentionRow(len(ids), row.num_tokens, end, table, visible(parents, row.num_known) if branches else None))
             scored = _num_scored(row, sequence)
             first = len(ids) + row.num_known - (1 if row.samples else 0)
             wanted.extend(range(len(ids), len(ids) + scored))
@@ -70,9 +75,10 @@ class Runner:
             if row.samples:
                 wanted.extend(range(first, first + 1 + row.num_draft))
             ids.extend(sequence.tokens[begin : begin + row.num_known])
-            if row.num_draft and sequence.draft is not None:
-                ids.extend(sequence.draft.tokens[: row.num_draft])
-            positions.extend(range(begin, end))
+            positions.extend(range(begin, begin + row.num_known))
+            if draft is not None:
+                ids.extend(draft.tokens)
+                positions.extend(begin + row.num_known + depth for depth in depths(parents))
             slots.extend(self._slots(table, begin, end))
         padding = plan.token_bucket - len(ids)
         spare = padded_size(len(wanted), device, self.target.dtype) - len(wanted)
@@ -86,6 +92,26 @@ class Runner:
         )
         taps = torch.cat([step.taps[tap][: len(ids)] for tap in self.taps], dim=-1) if self.taps else None
         return StepResult(output.logits[0, : len(wanted)], first_row, num_scored, taps)
+
+    def keep_paths(self, plan: VerifyPlan, verdicts: Mapping[str, Verdict]) -> None:
+        """Move the KV of accepted nodes to the positions that their tokens are committed to, wherever it is not there already.
+
+        Every node had a slot of its own, in the order of the draft.
+        """
+        sources: list[int] = []
+        targets: list[int] = []
+        for row in plan.rows:
+            verdict = verdicts.get(row.request_id)
+            if verdict is None or verdict.path is None:
+                continue
+            base, table = row.start + row.num_known, self.pool.table(row.request_id)
+            for depth, node in enumerate(verdict.path):
+                if node != depth:
+                    sources += self._slots(table, base + node, base + node + 1)
+                    targets += self._slots(table, base + depth, base + depth + 1)
+        if sources:
+            device = self.target.device
+            self.store.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
 
     def _slots(self, table: object, begin: int, end: int) -> list[int]:
         size = self.pool.block_size

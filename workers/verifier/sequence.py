@@ -29,7 +29,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     admitted: bool = False  # it has run before (a later admission is a resume)
-    drafts_wanted: int = 0  # what the drafter was asked for after the last step
+    draft_depth: int = 0  # how many tokens deep the drafter was asked to draft after the last step
+    drafts_wanted: int = 0  # how many drafted tokens in all: more than the depth for a tree
     draft: DraftTree | None = None
     survival: tuple[float, ...] = ()  # of the draft's nodes: never above that of the node before
     text: TextStream | None = None  # only for requests with stop strings
@@ -83,6 +84,15 @@ class Sequence:
             return 0
         limit = block_size if self.speculation.draft_len is None else min(block_size, self.speculation.draft_len)
         return max(0, min(limit, self.max_len - self.num_known - 1))
+
+    def max_nodes(self, depth: int, max_model_len: int) -> int:
+        """How many nodes a draft tree of at most ``depth`` levels may have; 0 where a chain is wanted.
+
+        While it is verified every node takes a position of its own, and no request has more than ``max_model_len``.
+        """
+        if not self.speculation.tree_nodes or not depth:
+            return 0
+        return min(self.speculation.tree_nodes, max_model_len - self.num_known)
 
     def hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
         """Chained hashes of the first ``num_blocks`` full blocks of known tokens."""

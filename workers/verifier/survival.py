@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from dspark.types import DraftTree
@@ -12,6 +14,15 @@ class SurvivalEstimator(Protocol):
 
     def survival(self, tree: DraftTree) -> tuple[float, ...]:
         """Survival of every node, in order, in (0, 1]; a node's is never above its parent's."""
+
+
+def never_rising(survival: Sequence[float]) -> tuple[float, ...]:
+    """Survival in the order of the nodes, each at most that of the node before it: what the planner ranks.
+
+    A drafter lists its nodes best first by its own estimate. Another estimate may disagree; a node that it holds for likelier
+    than one before it waits for that one all the same.
+    """
+    return tuple(accumulate(survival, min))
 
 
 class HeadSurvival:

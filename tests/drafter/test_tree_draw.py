@@ -17,7 +17,7 @@ from dspark.types import DraftTree
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.local import PRIOR_ACCEPTANCE, LocalDrafter
 from dspark.workers.drafter.module_config import HeadType
-from dspark.workers.verifier.planner import Candidate, rank
+from dspark.workers.verifier.planner import pack, rank
 from dspark.workers.verifier.survival import HeadSurvival, never_rising
 
 TOKENS = [int(t) for t in torch.randint(0, 32, (40,), generator=torch.Generator().manual_seed(1))]
@@ -162,7 +162,7 @@ def test_the_list_is_what_the_planner_needs(rule: str) -> None:
     tree = drafter.collect({"r0": 14}, 0.0)["r0"]
     survival = HeadSurvival().survival(tree)
     assert survival == pytest.approx(never_rising(survival), rel=1e-5)
-    assert [position for _, position, _ in rank([Candidate(never_rising(survival))])] == list(range(14))
+    assert rank(pack([never_rising(survival)])).place.tolist() == list(range(14))
     for count in range(1, 14):
         part = tree.first(count)
         assert all(parent < i for i, parent in enumerate(part.parents))

@@ -56,14 +56,14 @@ def test_the_planner_is_told_the_curve() -> None:
     assert SyntheticSurvival(SyntheticAcceptance.parse("1.5,1.75")).survival(tree) == pytest.approx((0.5, 0.25, 0.0))
 
 
-def forced(text: str, speculation: str, num_requests: int = 24) -> list[Result]:
+def forced(text: str, speculation: str, num_requests: int = 24, name: str = "r") -> list[Result]:
     """Answers of an engine whose drafter is nearly always wrong, but whose acceptance is forced."""
     target = tiny_target()
     prompts = [[2 + i, 40 + i, 7, 9] for i in range(num_requests)]
-    truth = {f"r{i}": [*prompt, *[3] * 80] for i, prompt in enumerate(prompts)}
+    truth = {f"{name}{i}": [*prompt, *[3] * 80] for i, prompt in enumerate(prompts)}
     engine = make_engine(target, OracleDrafter(truth, BLOCK, "adversarial"), speculation=speculation, costs=FLAT, max_batch_tokens=512)
     force(engine, SyntheticAcceptance.parse(text))
-    return list(run(engine, [greedy(f"r{i}", prompt, 48) for i, prompt in enumerate(prompts)]).values())
+    return list(run(engine, [greedy(f"{name}{i}", prompt, 48) for i, prompt in enumerate(prompts)]).values())
 
 
 def rounds(results: Sequence[Result]) -> tuple[int, int, int]:
@@ -102,17 +102,19 @@ def test_the_real_judge_works_for_every_verdict(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_same_positions_are_accepted_in_every_mode() -> None:
     """Keyed by prompt and position: a repeat commits the same rounds, and a longer draft never accepts less."""
-    first, again, longer = (forced("0.6", mode, 4) for mode in ("static:2", "static:2", "static:6"))
-    assert [result.outcomes for result in first] == [result.outcomes for result in again]
-    long = {start_of(o): o.accepted for result in longer for o in result.outcomes if o.drafted == BLOCK}
-    shared = [(long[start_of(o)], o.accepted) for result in first for o in result.outcomes if o.drafted == 2 and start_of(o) in long]
+    first, again, longer = (forced("0.6", mode, 4, name) for mode, name in (("static:2", "a"), ("static:2", "b"), ("static:6", "c")))
+    assert [result.tokens for result in first] == [result.tokens for result in again]
+    assert [[o.accepted for o in result.outcomes] for result in first] == [[o.accepted for o in result.outcomes] for result in again]
+    long = {(place, start_of(o)): o.accepted for place, result in enumerate(longer) for o in result.outcomes if o.drafted == BLOCK}
+    short = {(place, start_of(o)): o.accepted for place, result in enumerate(first) for o in result.outcomes if o.drafted == 2}
+    shared = [(long[key], short[key]) for key in long.keys() & short.keys()]
     assert len(shared) > 10
     assert all(min(of_six, 2) == of_two for of_six, of_two in shared)
 
 
-def start_of(outcome: StepOutcome) -> tuple[str, int]:
-    """Request and position at which a round began."""
-    return outcome.request_id, outcome.base_len - len(outcome.tokens)
+def start_of(outcome: StepOutcome) -> int:
+    """Position at which a round began."""
+    return outcome.base_len - len(outcome.tokens)
 
 
 def test_adaptive_plans_by_the_curve() -> None:

@@ -44,6 +44,7 @@ from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.costs import CostTable, Curve
+from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.targets import Target, as_target, load_model, load_tokenizer
 
@@ -373,7 +374,7 @@ def test_greedy_text_is_the_same_with_every_drafter(smollm: tuple[Engine, list[R
     for fault in ("none", "random", "adversarial", "drop", "stale"):
         drafters[fault] = OracleDrafter(truth, 3, fault, vocab_size=engine.target.vocab_size)
     for name, drafter in drafters.items():
-        engine.drafter = drafter
+        engine.drafter, engine.drafts.policy = drafter, DraftPolicy(drafter.block_size)
         begin = engine.counters.drafted
         out = run(engine, requests)
         assert {n: r.tokens for n, r in out.items()} == plain, name

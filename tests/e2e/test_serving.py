@@ -75,7 +75,7 @@ def test_the_timeout_header_cuts_no_stream(server: Server) -> None:
 
 def stream_text(server: Server, prompt: str, into: dict[str, str], progress: Callable[[int], None] = lambda _: None) -> None:
     text = ""
-    body = LONG | {"prompt": prompt, "stream": True}
+    body = LONG | {"prompt": prompt, "stream": True, "speculation": "static:1"}  # many rounds: it must still run when a verifier dies
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
         for number, line in enumerate(line for line in response.iter_lines() if line.startswith("data: {")):
             event = json.loads(line.removeprefix("data: "))

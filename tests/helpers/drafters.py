@@ -81,3 +81,64 @@ class OracleDrafter:
         elif self._fault == "stale" and self._random.random() < self._rate:
             base_len += self._random.choice((-1, 1, 3))
         return DraftTree.chain(turn.request_id, base_len, tokens, confidence)
+
+
+class TreeOracle(OracleDrafter):
+    """Proposes random trees in which a branch follows the true continuation, now and then with an error; chains where asked.
+
+    It may tap the target: ``features[request id][position]`` are then the taps that it was given.
+    """
+
+    def __init__(
+        self, truth: Mapping[str, Sequence[int]], block_size: int = 4, taps: tuple[int, ...] = (), vocab_size: int = 160, seed: int = 0
+    ) -> None:
+        super().__init__(truth, block_size, vocab_size=vocab_size, seed=seed)
+        self.taps = taps
+        self.features: dict[str, dict[int, Any]] = {}
+
+    def project(self, taps: Any) -> Any:
+        return taps
+
+    def propose(self, turns: Sequence[DraftTurn]) -> None:
+        super().propose(turns)
+        for turn in turns:
+            for offset, feature in enumerate(turn.features if turn.features is not None else ()):
+                self.features.setdefault(turn.request_id, {})[turn.feature_start + offset] = feature
+
+    def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
+        trees = {}
+        for request_id, limit in want.items():
+            turn = self._turns.get(request_id)
+            if turn is not None and turn.max_draft:
+                trees[request_id] = self._grown(turn, limit) if turn.max_nodes else self._chain(turn, limit)
+                self.num_collected += 1
+        return trees
+
+    def _chain(self, turn: DraftTurn, limit: int) -> DraftTree:
+        tokens = self._true(turn, min(limit, self.block_size, turn.max_draft))
+        return DraftTree.chain(turn.request_id, turn.base_len, tokens, [0.9] * len(tokens))
+
+    def _grown(self, turn: DraftTurn, limit: int) -> DraftTree:
+        """Nodes in a random order; while the true branch can go on, every other node or so continues it."""
+        levels = min(self.block_size, turn.max_draft)
+        true = self._true(turn, levels)
+        tokens: list[int] = []
+        parents: list[int] = []
+        depths: list[int] = []
+        tip = -1
+        while len(tokens) < min(limit, turn.max_nodes):
+            depth = 0 if tip < 0 else depths[tip] + 1
+            continues = depth < len(true) and self._random.random() < 0.5
+            parent = tip if continues else self._random.randrange(-1, len(tokens))
+            parent = parent if parent < 0 or depths[parent] + 1 < levels else -1
+            wrong = self._random.randrange(self._vocab_size)
+            if continues and self._random.random() < 0.9:
+                tip = len(tokens)
+            tokens.append(true[depth] if continues and tip == len(tokens) else wrong)
+            parents.append(parent)
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        confidence = tuple(self._random.uniform(0.6, 1.0) for _ in tokens)
+        return DraftTree(turn.request_id, turn.base_len, tuple(tokens), tuple(parents), confidence)
+
+    def _true(self, turn: DraftTurn, count: int) -> list[int]:
+        return [int(token) for token in self._truth.get(turn.request_id, ())[turn.base_len : turn.base_len + count]]

@@ -16,7 +16,7 @@ import torch
 from helpers import exact_laws
 from helpers.draft_modules import random_module
 from helpers.drafters import OracleDrafter
-from helpers.engines import FLAT, make_engine, run, tiny_target
+from helpers.engines import FLAT, make_engine, run, teacher_forced_logits, tiny_target
 from helpers.exact_laws import (
     ACCEPT_ARGMAX,
     RATIO,
@@ -46,7 +46,7 @@ from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.engine import Engine
-from dspark.workers.verifier.targets import Target, as_target, load_model, load_tokenizer
+from dspark.workers.verifier.targets import as_target, load_model, load_tokenizer
 
 VOCAB = 5
 
@@ -307,16 +307,6 @@ ENGINE_PARAMS = {
     "frequency_penalty": 0.3,
     "repetition_penalty": 1.2,
 }
-
-
-def teacher_forced_logits(target: Target, prompt: tuple[int, ...], outputs: list[list[int]]) -> Tensor:
-    """Logits [texts, tokens, V] before every output token, from transformers' own attention."""
-    target.model.set_attn_implementation("eager")
-    ids = torch.tensor([[*prompt, *output] for output in outputs])
-    with torch.inference_mode():
-        logits = target.model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
-    target.model.set_attn_implementation("dspark_paged")
-    return logits
 
 
 @pytest.mark.parametrize("rule", list(AcceptanceRule))

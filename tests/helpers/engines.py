@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from helpers import families
+from torch import Tensor
 
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, Finish, Request, Speculation, StepOutcome
@@ -80,3 +82,13 @@ def run(engine: Engine, requests: Sequence[Request], max_steps: int = 5000) -> d
 
 def greedy(name: str, prompt: Sequence[int], max_tokens: int = 24, **params: Any) -> Request:
     return Request(name, tuple(prompt), SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **params))
+
+
+def teacher_forced_logits(target: Target, prompt: tuple[int, ...], outputs: list[list[int]]) -> Tensor:
+    """Logits [texts, tokens, V] before every output token, from transformers' own attention."""
+    target.model.set_attn_implementation("eager")
+    ids = torch.tensor([[*prompt, *output] for output in outputs])
+    with torch.inference_mode():
+        logits = target.model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
+    target.model.set_attn_implementation("dspark_paged")
+    return logits

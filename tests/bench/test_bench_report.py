@@ -94,10 +94,14 @@ def test_what_adaptive_is_worth() -> None:
         line("adaptive", 48.0, concurrency=4, draft_len=7),
         line("tree", 100.0, concurrency=16, draft_len=16),
         line("adaptive", 90.0, concurrency=16, draft_len=7),
+        line("shadow", 999.0, draft_len=7),
+        line("adaptive", 21.0, draft_len=4),
         line("transformers", 99.0, engine="transformers-5"),
         line("static", 99.0, draft_len=7, engine="vllm-1"),
     ]
     assert bar_lines(records) == [
+        "adaptive:4 / best of all others at each point: lowest 1.050x (code at 1, static:3), geometric mean 1.050x over 1 point",
+        "adaptive:4 / best single static (static:3): 1.050x, geometric mean over 1 point",
         "adaptive:7 / best of all others at each point: lowest 0.800x (code at 4, static:5), geometric mean 0.925x over 3 points",
         "adaptive:7 / best single static (static:5): 1.049x, geometric mean over 2 points",
     ]

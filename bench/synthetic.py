@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dspark.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dspark.types import DraftTree
+    from dspark.workers.verifier.acceptance_models import Bools, Floats, Ints
     from dspark.workers.verifier.engine import Engine, Judge
     from dspark.workers.verifier.judge import JudgeItem, Verdict
 
@@ -85,18 +87,28 @@ def _conditional(text: str, lengths: Sequence[float]) -> list[float]:
     return found
 
 
-class SyntheticSurvival:
-    """What the planner is told: the curve itself, whatever the drafter thinks of its tokens."""
+class SyntheticModel:
+    """What the planner is told: the curve itself, whatever the drafter thinks of its tokens. It learns nothing."""
 
-    def __init__(self, acceptance: SyntheticAcceptance) -> None:
-        self._acceptance = acceptance
+    names: tuple[str, ...] = ()
 
-    def survival(self, tree: DraftTree) -> tuple[float, ...]:
-        """Survival of every node of a chain."""
-        found: list[float] = []
-        for position in range(len(tree.tokens)):
-            found.append((found[-1] if found else 1.0) * self._acceptance.at(position))
-        return tuple(found)
+    def __init__(self, acceptance: SyntheticAcceptance, num_slots: int) -> None:
+        self._rates = np.array([acceptance.at(position) for position in range(num_slots)])
+
+    def probability(self, signals: Sequence[Floats], slots: Ints) -> Floats:
+        """The curve's conditional acceptance."""
+        rates: Floats = self._rates[slots]
+        return rates
+
+    def learn(self, signals: Sequence[Floats], slots: Ints, outcomes: Bools) -> None:
+        """Outcomes change nothing."""
+
+    def relax(self, slots: Bools) -> None:
+        """Nothing was learnt."""
+
+    def parameters(self) -> Floats:
+        """None."""
+        return np.zeros((len(self._rates), 0))
 
 
 class SyntheticJudge:
@@ -140,5 +152,8 @@ def _uniform(key: int) -> float:
 
 def force(engine: Engine, acceptance: SyntheticAcceptance) -> None:
     """From now on this engine accepts as the curve says, and its planner believes it. Its text is worthless."""
+    from dspark.workers.verifier.survival import SurvivalEstimator
+
     engine.judge = SyntheticJudge(engine.judge, acceptance)
-    engine.survival = SyntheticSurvival(acceptance)
+    num_slots = engine.drafter.block_size + 1
+    engine.drafts.survival = SurvivalEstimator("constant", SyntheticModel(acceptance, num_slots), num_slots)

@@ -33,6 +33,9 @@ class EngineConfig(BaseModel):
     max_batch_tokens: int = Field(default=512, ge=16, le=65536, description="tokens of one step, drafted ones included")
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
     draft_law_width: int = Field(default=64, ge=1, description="support of the draft law under the ratio rule")
+    survival: Literal["auto", "head", "margin", "constant"] = Field(
+        default="auto", description="what estimates acceptance; auto: the drafter's confidence head if it has one, else its margins"
+    )
     driver: Literal["auto", "plain", "overlapped"] = Field(
         default="auto", description="overlapped does host work of a step under the next forward; auto is plain on a CPU"
     )

@@ -151,7 +151,8 @@ class DraftTree:
     ``confidence[i]`` estimates P(node i accepted | its parent accepted) and never looks at token i itself.
     ``law`` None means that every token was chosen deterministically (a one-hot law).
     ``margin[i]`` is how sure the law of node i is of itself, by any measure that grows with it and does not look at token i
-    (DSpark modules: difference of the two best log-probabilities); empty when the drafter has none.
+    (DSpark modules: log-odds of the best token at temperature 1); of a later sibling it is a logit of acceptance. Empty when the
+    drafter has none.
     """
 
     request_id: str
@@ -192,6 +193,19 @@ class DraftTree:
     @property
     def is_chain(self) -> bool:
         return all(parent == i - 1 for i, parent in enumerate(self.parents))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSignals:
+    """How to read what a drafter's trees say of their own chances.
+
+    ``has_head``: ``confidence`` comes from a trained head. ``margin_slope`` and ``margin_intercept`` turn a margin into the logit
+    of its acceptance, one number a position (the last one also for deeper ones): where an estimator starts from.
+    """
+
+    has_head: bool = False
+    margin_slope: tuple[float, ...] = (1.0,)
+    margin_intercept: tuple[float, ...] = (0.0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,10 +300,12 @@ class Drafter(Protocol):
 
     ``block_size``: most tokens drafted a round (γ). ``taps``: target layer ids whose outputs it wants
     (id L is the output of layer L, -1 the embeddings); empty for drafters that read tokens only.
+    ``signals``: how its confidences and margins are to be read.
     """
 
     block_size: int
     taps: tuple[int, ...]
+    signals: DraftSignals
 
     def project(self, taps: Any) -> Any:
         """Context features [n, d] of concatenated taps [n, len(taps) * d_target]; runs on the verifier."""

@@ -5,6 +5,7 @@
     logits        [R, V]   fp32 or bf16   one row a request, Markov bias included
     temperature   [R]      fp32           0: the argmax, as a one-hot law
     ids, probs    [R, k]   int64, fp32    the law: renormalised softmax over the k largest logits
+    margin        [R]      fp32           how sure a row is of its best token
     seeds, positions, base_lens  [R] int64; coupled [R] bool
 
 A ratio row must ship exactly the law its token was drawn from; a coupled row draws with the target's own noise, and
@@ -13,12 +14,15 @@ ships nothing. Neither reads the target's logits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dspark.kernels.keyed_random import DRAFT, TOKEN, exponential, race
 from dspark.kernels.top import largest
 
+MAX_MARGIN = 12.0  # a rest of exp(-12) is near what fp32 can tell from nothing
 MIN_TEMPERATURE = 1e-30  # below it logits / temperature would overflow; the law is the argmax long before
 
 
@@ -34,6 +38,13 @@ def truncate_law(logits: Tensor, temperature: Tensor, width: int) -> tuple[Tenso
     one_hot = torch.zeros_like(probs)
     one_hot[:, 0] = 1.0
     return ids, torch.where((temperature == 0)[:, None], one_hot, probs)
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """Log-odds of each row's largest logit against all others, at temperature 1 whatever the request's: [R], at most ``MAX_MARGIN``."""
+    logits = logits.to(torch.float32)
+    rest = torch.exp(logits - logits.amax(-1, keepdim=True)).sum(-1) - 1.0
+    return -torch.log(rest.clamp(min=math.exp(-MAX_MARGIN)))
 
 
 def draw(ids: Tensor, probs: Tensor, seeds: Tensor, positions: Tensor, base_lens: Tensor, coupled: Tensor) -> Tensor:

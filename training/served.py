@@ -42,6 +42,7 @@ class RecordingDrafter:
         self.inner = inner
         self.block_size = inner.block_size
         self.taps = inner.taps
+        self.signals = inner.signals
         self.last: dict[str, DraftTree] = {}
 
     def project(self, taps: Any) -> Any:

@@ -34,6 +34,7 @@ from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.profile import describe as describe_costs
 from dspark.workers.verifier.profile import measure_costs, still_holds
 from dspark.workers.verifier.scheduler import Limits
+from dspark.workers.verifier.survival import make_estimator
 from dspark.workers.verifier.targets import Target, as_target, check_faithful, check_model_folder, load_model, load_tokenizer, own_logits
 
 Progress = Callable[[str], None]
@@ -85,6 +86,8 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
     )
     engine = Engine(target, pool, drafter, options, tokenizer)
     _check_drafter(engine, tokenizer, drafter_name, progress)
+    survival = _survival(config, drafter, drafter_name)
+    engine.drafts.survival = make_estimator(survival, drafter.block_size, drafter.signals)
     if config.profile:
         engine.set_costs(_costs(engine, config, drafter_name, progress))
     elif drafter.block_size and options.speculation.mode in (Mode.ADAPTIVE, Mode.SHADOW):
@@ -93,6 +96,7 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
         update={
             "drafter": drafter_name,
             "driver": driver,
+            "survival": survival,
             "dtype": str(target.dtype).removeprefix("torch."),
             "device": str(target.device),
             "max_model_len": max_model_len,
@@ -237,6 +241,15 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Dra
 def _local_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool) -> Drafter:
     module = load_drafter(folder, target_head(target), target.dtype, target.device)
     return LocalDrafter(module, pool, law_width=config.draft_law_width)
+
+
+def _survival(config: EngineConfig, drafter: Drafter, drafter_name: str) -> str:
+    """The survival estimator that the configuration names or means; ConfigError if the drafter gives it nothing to go by."""
+    if config.survival == "head" and not drafter.signals.has_head:
+        raise ConfigError(f"survival head: drafter {drafter_name!r} has no trained confidence head; use auto, margin or constant")
+    if config.survival != "auto":
+        return config.survival
+    return "head" if drafter.signals.has_head else "margin"
 
 
 def target_head(target: Target) -> TargetHead:

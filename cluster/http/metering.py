@@ -41,6 +41,7 @@ _TWINS: Final = {
     "dspark_drafted_rounds": "vllm:spec_decode_num_drafts",
     "dspark_draft_tokens": "vllm:spec_decode_num_draft_tokens",
     "dspark_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
+    "dspark_accepted_tokens_per_pos": "vllm:spec_decode_num_accepted_tokens_per_pos",
 }
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 _OF_ROUTER: Final = {"generation_tokens_total"}  # counted here per request, by the engine per replica: one of them is enough

@@ -15,7 +15,7 @@ from helpers.tiny_model import save_tiny_model
 
 from dspark import LLM
 from dspark.bench.cli import main
-from dspark.bench.synthetic import SyntheticAcceptance, SyntheticSurvival, force
+from dspark.bench.synthetic import SyntheticAcceptance, force
 from dspark.cluster.http.protocol import ChatBody, CompletionBody
 from dspark.config_file import keys, load_config
 from dspark.errors import ConfigError
@@ -53,7 +53,12 @@ def test_what_no_drafter_could_do_is_refused(text: str) -> None:
 
 def test_the_planner_is_told_the_curve() -> None:
     tree = DraftTree.chain("r", 5, [1, 2, 3], [0.1, 0.9, 0.5])
-    assert SyntheticSurvival(SyntheticAcceptance.parse("1.5,1.75")).survival(tree) == pytest.approx((0.5, 0.25, 0.0))
+    engine = make_engine(tiny_target(), OracleDrafter({}, BLOCK))
+    force(engine, SyntheticAcceptance.parse("1.5,1.75"))
+    for _ in range(100):
+        engine.survival.observe(tree, 3, range(3))
+    engine.survival.learn()
+    assert engine.survival.survival([tree])[0].tolist() == pytest.approx([0.5, 0.25, 0.0])
 
 
 def forced(text: str, speculation: str, num_requests: int = 24, name: str = "r") -> list[Result]:

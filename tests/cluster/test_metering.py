@@ -70,6 +70,9 @@ def test_engine_counters_keep_their_replica() -> None:
         "draft_tokens_total": 9.0,
         "accepted_tokens_total": 4.0,
         "generation_tokens_total": 99.0,
+        'accepted_tokens_per_pos_total{position="0"}': 3.0,
+        'accepted_tokens_per_pos_total{position="1"}': 1.0,
+        'survival_ece_per_pos{position="1"}': 0.25,
     }
     values = series(engine_families([Status(view, False, stats)], "m"))
     labels = (*MODEL, ("replica", "r1"))
@@ -77,5 +80,8 @@ def test_engine_counters_keep_their_replica() -> None:
     assert values["vllm:spec_decode_num_drafts_total", labels] == 5
     assert values["vllm:spec_decode_num_draft_tokens_total", labels] == 9
     assert values["vllm:spec_decode_num_accepted_tokens_total", labels] == 4
+    by_position = [values["vllm:spec_decode_num_accepted_tokens_per_pos_total", (*MODEL, ("position", k), labels[-1])] for k in "01"]
+    assert by_position == [3, 1]
+    assert values["dspark_survival_ece_per_pos", (*MODEL, ("position", "1"), labels[-1])] == 0.25
     assert (values["dspark_healthy", labels], values["dspark_draining", labels]) == (0, 1)
     assert not any(name.endswith("generation_tokens_total") for name, _ in values), "counted per request by the router"

@@ -67,7 +67,6 @@ def check_row(
     hidden = hidden_states(weights, sizes, shared.embed.double(), taps.double(), anchor)
     tokens = draft.tokens[row].tolist()
     base, biased, confidence = laws_and_confidence(weights, sizes, shared.lm_head.double(), hidden, anchor, tokens)
-    assert draft.confidence is not None
     torch.testing.assert_close(draft.confidence[row], torch.tensor(confidence), atol=2e-5, rtol=0)
     for k in range(len(tokens)):
         support = base[k].topk(top_k).indices
@@ -75,6 +74,8 @@ def check_row(
         law[support] = torch.softmax(biased[k][support] / temperature, dim=0)
         got = torch.zeros(VOCAB).index_add_(0, draft.ids[row, k], draft.probs[row, k])
         torch.testing.assert_close(got.double(), law, atol=2e-5, rtol=0)
+        best = torch.softmax(biased[k][support], dim=0).max()
+        assert float(draft.margin[row, k]) == pytest.approx(float(torch.log(best / (1 - best))), abs=1e-4)
 
 
 @pytest.mark.parametrize("head_type", ["vanilla", "gated", "rnn"])
@@ -152,19 +153,26 @@ def test_what_lies_beyond_the_context_is_never_seen() -> None:
 
 
 def test_confidence_of_a_token_does_not_depend_on_it() -> None:
-    """Many draws of one block: c_1 is one number, and c_{k+1} is a function of x_1 .. x_k."""
+    """Many draws of one block: c_1 and the first margin are one number, and those of k + 1 a function of x_1 .. x_k."""
     module = tiny_module(head_type=HeadType.RNN)
     taps = random_taps(6, seed=8)
     draft = run(module, [taps] * 200, [3] * 200)
-    assert draft.confidence is not None
-    by_prefix: dict[tuple[int, ...], float] = {}
+    by_prefix: dict[tuple[int, ...], tuple[float, float]] = {}
     distinct_next: dict[tuple[int, ...], set[int]] = {}
-    for tokens, confidence in zip(draft.tokens.tolist(), draft.confidence.tolist(), strict=True):
+    for tokens, confidence, margin in zip(draft.tokens.tolist(), draft.confidence.tolist(), draft.margin.tolist(), strict=True):
         for k in range(4):
             prefix = tuple(tokens[:k])
-            assert by_prefix.setdefault(prefix, confidence[k]) == pytest.approx(confidence[k], abs=1e-6)
+            assert by_prefix.setdefault(prefix, (confidence[k], margin[k])) == pytest.approx((confidence[k], margin[k]), abs=1e-5)
             distinct_next.setdefault(prefix, set()).add(tokens[k])
     assert len(distinct_next[()]) > 3
+
+
+def test_without_a_head_confidence_is_the_best_tokens_probability() -> None:
+    module = tiny_module(has_confidence=False, confidence_with_markov=False)
+    draft = run(module, [random_taps(6, seed=8)], [3])
+    torch.testing.assert_close(draft.confidence, draft.probs.amax(-1), atol=1e-5, rtol=0)
+    assert not module.signals.has_head
+    assert tiny_module().signals.has_head
 
 
 def test_tokens_follow_the_law_that_is_shipped() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.draft_modules import Tables, make_turn, tiny_module
-from torch import Tensor
 
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftTree
 from dspark.workers.drafter.dspark_module import DSparkModule
-from dspark.workers.drafter.local import PRIOR_ACCEPTANCE, LocalDrafter
+from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.verifier.survival import SIGNALS, make_estimator
 
 RATIO = SamplingParams(temperature=0.8)
 COUPLED = SamplingParams(temperature=0.8, seed=11)
@@ -38,6 +38,7 @@ def feed(drafter: LocalDrafter, request_id: str, base_len: int, start: int = 0, 
 def same(one: DraftTree, other: DraftTree) -> None:
     assert (one.base_len, one.tokens) == (other.base_len, other.tokens)
     assert one.confidence == pytest.approx(other.confidence, abs=1e-5)
+    assert one.margin == pytest.approx(other.margin, abs=1e-4)
     assert (one.law is None) == (other.law is None)
     if one.law is not None and other.law is not None:
         assert torch.equal(one.law.ids, other.law.ids)
@@ -132,6 +133,7 @@ def test_limits() -> None:
         assert tree.law.ids.shape == tree.law.probs.shape == (len(tree.tokens), 32)
         torch.testing.assert_close(tree.law.probs.sum(-1), torch.ones(len(tree.tokens)))
         assert all(0 < c < 1 for c in tree.confidence)
+        assert len(tree.margin) == len(tree.tokens)
     assert drafter.collect({"r": 0}, 0.0) == {}
     drafter.close(["r", "unknown"])
     assert drafter.collect({"r": 4}, 0.0) == {}
@@ -185,29 +187,25 @@ def test_a_turn_that_comes_twice_changes_nothing() -> None:
         same(drafter.collect({"r": 4}, 0.0)["r"], one_shot(module, 12))
 
 
-def confidence_after(sampling: SamplingParams, outcome: str) -> tuple[float, ...]:
-    """Confidence of a module without a confidence head after one judged draft."""
-    drafter = drafter_with(tiny_module(has_confidence=False, confidence_with_markov=False), r=range(16))
-    feed(drafter, "r", 10, sampling=sampling)
-    draft = drafter.collect({"r": 4}, 0.0)["r"]
-    assert draft.confidence == pytest.approx([PRIOR_ACCEPTANCE] * 4)
-    committed = {"all": [*draft.tokens, 1], "one": [draft.tokens[0], (draft.tokens[1] + 1) % 32], "trimmed": list(draft.tokens[:2])}[
-        outcome
-    ]
-    features: Tensor = drafter.project(TAPS[: len(committed)])
-    drafter.propose([make_turn("r", 10 + len(committed), committed, features, 9, sampling=sampling)])
-    return drafter.collect({"r": 4}, 0.0)["r"].confidence
-
-
-@pytest.mark.parametrize(
-    ("outcome", "changes"),
-    [("all", [1, 1, 1, 1]), ("one", [1, -1, 0, 0]), ("trimmed", [1, 1, 0, 0])],
-)
-def test_without_a_confidence_head_acceptance_is_estimated(outcome: str, changes: list[int]) -> None:
-    for sampling in (GREEDY, COUPLED):
-        after = confidence_after(sampling, outcome)
-        assert [(c > PRIOR_ACCEPTANCE + 1e-9) - (c < PRIOR_ACCEPTANCE - 1e-9) for c in after] == changes
-    assert confidence_after(RATIO, outcome) == pytest.approx([PRIOR_ACCEPTANCE] * 4)
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("has_head", [True, False])
+def test_survival_of_a_token_is_a_function_of_the_tokens_before_it(name: str, has_head: bool) -> None:
+    """Many draws of one block, estimated by an estimator that has learnt: what bounds the ratio rule's schedule (rules 1 and 3)."""
+    module = tiny_module(has_confidence=has_head, confidence_with_markov=has_head)
+    drafter = drafter_with(module, **{f"r{i}": range(16) for i in range(150)})
+    features = drafter.project(TAPS[:11])
+    drafter.propose([make_turn(f"r{i}", 12, TOKENS[:12], features, sampling=RATIO, noise_seed=i) for i in range(150)])
+    trees = list(drafter.collect({f"r{i}": 4 for i in range(150)}, 0.0).values())
+    estimator = make_estimator(name, drafter.block_size, drafter.signals)
+    for i, tree in enumerate(trees):
+        estimator.observe(tree, 4, range(i % 5))
+    estimator.learn()
+    by_prefix: dict[tuple[int, ...], float] = {}
+    for tree, row in zip(trees, estimator.survival(trees).tolist(), strict=True):
+        for k in range(4):
+            assert by_prefix.setdefault(tree.tokens[:k], row[k]) == pytest.approx(row[k], rel=1e-4)
+    assert len({tree.tokens[0] for tree in trees}) > 3
+    assert name == "constant" or len({round(row[1], 4) for row in estimator.survival(trees).tolist()}) > 3
 
 
 @pytest.mark.gpu

@@ -1,14 +1,15 @@
-"""The n-gram drafter: an exact index, copies that continue periods, and an estimate that learns only from what it saw."""
+"""The n-gram drafter: an exact index, copies that continue periods, and a confidence that is a function of the match."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.sampling import SamplingParams
-from dspark.types import DraftTree, DraftTurn
-from dspark.workers.drafter.acceptance import MAX_WEIGHT, AcceptanceEstimator
+from dspark.types import DraftSignals, DraftTree, DraftTurn
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.ngram_index import NgramIndex
 from dspark.workers.drafter.none import NoDrafter
@@ -134,7 +135,16 @@ def confidence_of(drafter: NgramDrafter, prompt: list[int]) -> tuple[float, ...]
     return tree.confidence
 
 
-def test_confidence_rises_with_length_of_match_and_position_before_any_traffic() -> None:
+def test_margin_is_the_logit_of_confidence() -> None:
+    drafter = NgramDrafter()
+    drafter.propose([turn("r", len(PROMPT), PROMPT)])
+    tree = collect_one(drafter)
+    assert tree is not None
+    assert [1 / (1 + math.exp(-m)) for m in tree.margin] == pytest.approx(tree.confidence)
+    assert drafter.signals == DraftSignals(False, (1.0,), (0.0,))
+
+
+def test_confidence_rises_with_length_of_match_and_position() -> None:
     drafter = NgramDrafter()
     by_length = [confidence_of(drafter, [*range(40), *range(30 - length, 30)]) for length in (2, 4, 8)]
     assert by_length[0][0] < by_length[1][0] < by_length[2][0]
@@ -144,41 +154,6 @@ def test_confidence_rises_with_length_of_match_and_position_before_any_traffic()
 
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]  # proposes 3, 4, 5, …
-
-
-@pytest.mark.parametrize(
-    ("committed", "changes"),
-    [
-        ([3, 4, 99], [1, 1, -1, 0, 0]),  # two right, then a visible mistake
-        ([99], [-1, 0, 0, 0, 0]),
-        ([3], [1, 0, 0, 0, 0]),  # what lies beyond the committed tokens was not observed, trimmed or not
-        ([3, 4, 5, 6, 7], [1, 1, 1, 1, 1]),
-    ],
-)
-@pytest.mark.parametrize("max_draft", [0, 1, 8])
-def test_only_visible_outcomes_are_learnt(committed: list[int], changes: list[int], max_draft: int) -> None:
-    drafter = NgramDrafter()
-    before = confidence_of(drafter, PROMPT)
-    drafter.propose([turn("r", len(PROMPT), PROMPT, max_draft)])
-    drafter.propose([turn("r", len(PROMPT), [], max_draft)])
-    drafter.propose([turn("r", len(PROMPT) + len(committed), committed, max_draft)])
-    after = confidence_of(drafter, PROMPT)
-    assert [(a > b) - (a < b) for a, b in zip(after[:5], before[:5], strict=True)] == changes
-
-
-def test_estimate_converges_fades_and_stays_inside() -> None:
-    estimator = AcceptanceEstimator([[0.5, 0.5]])
-    for _ in range(5000):
-        estimator.observe(0, 0, True)
-        estimator.observe(0, 1, False)
-    high, low = estimator.estimate(0)
-    assert 0.99 < high < 1
-    assert 0 < low < 0.01
-    for _ in range(int(3 * MAX_WEIGHT)):
-        estimator.observe(0, 0, False)
-    assert estimator.estimate(0)[0] < 0.1
-    with pytest.raises(ValueError, match="prior"):
-        AcceptanceEstimator([[1.0]])
 
 
 def test_bad_lengths_are_refused_at_construction() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -15,10 +17,11 @@ from dspark.kernels.draft_draw import child_salt, draw, race_order, truncate_law
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftTree
 from dspark.workers.drafter.dspark_module import DSparkModule
-from dspark.workers.drafter.local import PRIOR_ACCEPTANCE, LocalDrafter
+from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.module_config import HeadType
-from dspark.workers.verifier.planner import pack, rank
-from dspark.workers.verifier.survival import HeadSurvival, never_rising
+from dspark.workers.drafter.tree_draw import MIN_CHANCE
+from dspark.workers.verifier.planner import rank
+from dspark.workers.verifier.survival import make_estimator
 
 TOKENS = [int(t) for t in torch.randint(0, 32, (40,), generator=torch.Generator().manual_seed(1))]
 TAPS = torch.randn(40, 32, generator=torch.Generator().manual_seed(2))
@@ -57,27 +60,44 @@ def expected(module: DSparkModule, wish: Wish, width: int, top_k: int | None = N
         return torch.tensor([[state.anchor, *path]])
 
     @torch.no_grad()
-    def law(path: Path) -> tuple[Tensor, Tensor]:
+    def kept_logits(path: Path) -> tuple[Tensor, Tensor]:
         k = len(path)
         logits = base[k].clone()
         kept = base[k].topk(top_k or len(logits)).indices
         if module.markov_head is not None:
             logits += module.markov_head.block_bias(previous(path), hidden[:, : k + 1])[0, k]
+        return logits[kept], kept
+
+    def law(path: Path) -> tuple[Tensor, Tensor]:
+        logits, kept = kept_logits(path)
         heat = torch.tensor([HEAT if wish.rule != "greedy" else 1.0])
-        local, probs = truncate_law(logits[kept][None], heat, width)
+        local, probs = truncate_law(logits[None], heat, width)
         return kept[local[0]], probs[0]
 
     @torch.no_grad()
     def confidence(path: Path) -> float:
         logits = module.confidence_logits(hidden[:, : len(path) + 1], previous(path))
-        return PRIOR_ACCEPTANCE if logits is None else float(torch.sigmoid(logits[0, -1]))
+        return best(path) if logits is None else float(torch.sigmoid(logits[0, -1]))
 
-    return naive_tree(wish, law, confidence)
+    def best(path: Path) -> float:
+        """The probability of the law's best token at temperature 1, before it is truncated."""
+        return float(torch.softmax(kept_logits(path)[0], dim=0).max())
+
+    tree = naive_tree(wish, law, confidence)
+    paths: list[Path] = []
+    margins = []
+    for node, parent in enumerate(tree.parents):
+        above = () if parent < 0 else paths[parent]
+        paths.append((*above, tree.tokens[node]))
+        chance = best(above) if parent not in tree.parents[:node] else max(tree.confidence[node], MIN_CHANCE)
+        margins.append(math.log(chance / (1.0 - chance)))
+    return dataclasses.replace(tree, margin=tuple(margins))
 
 
 def same(tree: DraftTree, wanted: DraftTree) -> None:
     assert (tree.base_len, tree.tokens, tree.parents) == (wanted.base_len, wanted.tokens, wanted.parents)
     assert tree.confidence == pytest.approx(wanted.confidence, abs=1e-5)
+    assert tree.margin == pytest.approx(wanted.margin, abs=2e-3)
     assert (tree.law is None) == (wanted.law is None)
     if tree.law is not None and wanted.law is not None:
         for i in range(len(tree.tokens)):
@@ -138,18 +158,13 @@ def test_a_law_of_two_ids_has_two_candidates() -> None:
         assert all(tree.parents.count(parent) == 2 for parent in set(tree.parents))
 
 
-def test_without_a_confidence_head_the_prior_ranks_and_learns() -> None:
+def test_without_a_confidence_head_the_laws_rank() -> None:
     module = tiny_module(6, has_confidence=False)
     drafter = drafter_of(module)
     wish = Wish("greedy", 6, 4, seed=1, base_len=20)
     feed(drafter, "r0", wish)
     tree = drafter.collect({"r0": 6}, 0.0)["r0"]
     same(tree, expected(module, wish, 64))
-    children = [i for i, parent in enumerate(tree.parents) if parent < 0]
-    assert len(children) > 1
-    second = tree.tokens[children[1]]
-    drafter.propose([make_turn("r0", 22, [second, 31], drafter.project(TAPS[19:21]), 19)])
-    assert drafter._estimator.estimate(0)[0] < PRIOR_ACCEPTANCE, "the first candidate fell, though the second stood"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -160,9 +175,12 @@ def test_the_list_is_what_the_planner_needs(rule: str) -> None:
     drafter = drafter_of(module)
     feed(drafter, "r0", wish)
     tree = drafter.collect({"r0": 14}, 0.0)["r0"]
-    survival = HeadSurvival().survival(tree)
-    assert survival == pytest.approx(never_rising(survival), rel=1e-5)
-    assert rank(pack([never_rising(survival)])).place.tolist() == list(range(14))
+    survival = make_estimator("head", drafter.block_size, drafter.signals).survival([tree])
+    product: list[float] = []
+    for parent, confidence in zip(tree.parents, tree.confidence, strict=True):
+        product.append(confidence if parent < 0 else product[parent] * confidence)
+    assert survival[0] == pytest.approx(product, rel=1e-3)
+    assert rank(survival).place.tolist() == list(range(14))
     for count in range(1, 14):
         part = tree.first(count)
         assert all(parent < i for i, parent in enumerate(part.parents))

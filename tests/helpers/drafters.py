@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dspark.types import DraftTree, DraftTurn
+from dspark.types import DraftSignals, DraftTree, DraftTurn
 
 Fault = Literal["none", "drop", "stale", "adversarial", "random"]
 
@@ -24,6 +24,7 @@ class OracleDrafter:
     """
 
     taps: tuple[int, ...] = ()
+    signals = DraftSignals()
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from helpers.exact_laws import chi_square_p
 from torch import Tensor
 
 from dspark.kernels import keyed_random
-from dspark.kernels.draft_draw import draw, truncate_law
+from dspark.kernels.draft_draw import MAX_MARGIN, draw, log_odds, truncate_law
 from dspark.kernels.keyed_random import ACCEPT, DRAFT, TOKEN, exponential, gumbel, race, uniform
 
 LOWEST, HIGHEST = -(2**63), 2**63 - 1
@@ -234,6 +234,15 @@ def test_truncation_takes_the_whole_row_when_it_is_short_and_any_temperature() -
     assert ids.tolist() == [[1, 2, 0]] * 3
     assert torch.allclose(probs.sum(-1), torch.ones(3))
     assert probs[1].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_log_odds_of_the_best_token() -> None:
+    logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(2)) * 4
+    best = torch.softmax(logits.double(), -1).amax(-1)
+    assert torch.allclose(log_odds(logits).double(), torch.log(best / (1 - best)), atol=1e-4)
+    assert torch.allclose(log_odds(logits.to(torch.bfloat16)), log_odds(logits.to(torch.bfloat16).float()))
+    extreme = log_odds(torch.tensor([[300.0, 0.0, 0.0], [5.0, 5.0, -torch.inf], [1.0, -torch.inf, -torch.inf]]))
+    assert extreme.tolist() == pytest.approx([MAX_MARGIN, 0.0, MAX_MARGIN], abs=1e-5)
 
 
 def test_draw_uses_the_targets_noise_for_coupled_rows_and_salted_noise_for_ratio_rows() -> None:

@@ -6,7 +6,8 @@
     anchors      [R] int64      x_0
     tokens       [R, n] int64   x_1 .. x_n
     ids, probs   [R, n, k]      the law each token was drawn from: int64 target ids, fp32
-    confidence   [R, n] fp32    c_1 .. c_n; c_k depends on x_{<k} only
+    confidence   [R, n] fp32    c_1 .. c_n
+    margin       [R, n] fp32    log-odds of each law's best token; neither c_k nor margin_k depends on more than x_{<k}
 
 With ``head_top_k`` the Markov bias is computed for the K largest base logits only, and the law is supported on them:
 r * K instead of r * V a step. Any support is lossless, because the judge gets the law that was really drawn from.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark.kernels.draft_draw import draw, truncate_law
+from dspark.kernels.draft_draw import draw, log_odds, truncate_law
 from dspark.workers.drafter.dspark_module import DSparkModule
 
 TOP_K_GROUP = 8  # candidates are searched in groups of this many logits on CPU
@@ -37,12 +38,13 @@ class DrawRows:
 
 @dataclass(frozen=True, slots=True)
 class BlockDraft:
-    """The outcome of one block for R requests; ``confidence`` None when the module has no confidence head."""
+    """The outcome of one block for R requests. Without a confidence head c_k is the draft law's own probability of its best token."""
 
     tokens: Tensor
     ids: Tensor
     probs: Tensor
-    confidence: Tensor | None
+    confidence: Tensor
+    margin: Tensor
 
 
 def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: DrawRows, width: int, head_top_k: int | None) -> BlockDraft:
@@ -50,24 +52,27 @@ def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: Draw
     base, candidates = base_law(module, hidden, head_top_k)
     head = module.markov_head
     state = None if head is None else head.start(hidden.shape[0])
-    previous, before, tokens, laws = anchors, [], [], []
+    previous, before, tokens, laws, margins = anchors, [], [], [], []
     for k in range(hidden.shape[1]):
         logits, chosen = base[:, k].to(torch.float32), None if candidates is None else candidates[:, k]
         if head is not None and state is not None:
             state, latent = head.step(state, head.markov_w1(previous), hidden[:, k])
             logits = logits + head.bias(latent, chosen)
+        margins.append(log_odds(logits))
         local, probs = truncate_law(logits, rows.temperature, width)
         ids = target_ids(module, local if chosen is None else chosen.gather(1, local))
         before.append(previous)
         previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
         tokens.append(previous)
         laws.append((ids, probs))
+    margin = torch.stack(margins, dim=1)
     confidence = module.confidence_logits(hidden, torch.stack(before, dim=1))
     return BlockDraft(
         torch.stack(tokens, dim=1),
         torch.stack([ids for ids, _ in laws], dim=1),
         torch.stack([probs for _, probs in laws], dim=1),
-        None if confidence is None else torch.sigmoid(confidence),
+        torch.sigmoid(margin if confidence is None else confidence),
+        margin,
     )
 
 

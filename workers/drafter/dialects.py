@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspark.errors import ConfigError
 from dspark.workers.drafter import checkpoint
-from dspark.workers.drafter.calibration import read_temperatures
+from dspark.workers.drafter.calibration import read_signals, read_temperatures
 from dspark.workers.drafter.dialect_configs import DEEPSPEC_QWEN3, read_module_config
 from dspark.workers.drafter.draft_vocabulary import read_draft_vocabulary, restrict_vocabulary
 from dspark.workers.drafter.dspark_module import DSparkModule
@@ -46,6 +46,7 @@ def load_drafter(folder: Path, head: TargetHead, dtype: torch.dtype, device: tor
     elif device.type == "cpu" and (frequent := read_draft_vocabulary(folder, config.vocab_size)) is not None:
         restrict_vocabulary(module, frequent)
     module.confidence_temperatures = read_temperatures(folder, config.block_size, device)
+    module.signals = read_signals(folder, config.block_size, config.has_confidence)
     return module.requires_grad_(False).eval()
 
 

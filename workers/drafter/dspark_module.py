@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.workers.drafter.calibration import default_signals
 from dspark.workers.drafter.heads import ConfidenceHead, MarkovHead
 from dspark.workers.drafter.layers import BlockContext, DraftLayer, RMSNorm, Rotary
 from dspark.workers.drafter.module_config import HeadType, ModuleConfig
@@ -44,6 +45,7 @@ class DSparkModule(nn.Module):
         self._lm_head = head.lm_head.detach()
         self._target_ids: Tensor | None = None
         self.confidence_temperatures: Tensor | None = None  # [γ], from calibration
+        self.signals = default_signals(config.has_confidence)
 
     def use_draft_vocabulary(self, target_ids: Tensor, lm_head: Tensor | None) -> None:
         """Predict only ``target_ids`` [Vd], with the rows of the target's head, or with the checkpoint's own ``lm_head`` [Vd, d]."""

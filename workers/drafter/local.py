@@ -17,22 +17,17 @@ from torch import Tensor
 from dspark.kernels.buckets import pad_rows
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
-from dspark.workers.drafter.acceptance import AcceptanceEstimator
 from dspark.workers.drafter.block_draw import DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.paged_context import DraftPools, PagedContext
 from dspark.workers.drafter.tree_draw import TreeRows, draw_trees
 
-PRIOR_ACCEPTANCE = 0.7  # per position, of a module without a confidence head, before anything was seen
 CPU_HEAD_TOP_K = 512
 
 
 @dataclass(slots=True)
 class _State:
-    """One live request: its anchor sits at ``base_len - 1``; ``drafted`` is the last draft handed out and not yet judged.
-
-    ``max_nodes`` over 0 asks for trees of at most ``max_draft`` levels.
-    """
+    """One live request: its anchor sits at ``base_len - 1``. ``max_nodes`` over 0 asks for trees of at most ``max_draft`` levels."""
 
     base_len: int
     anchor: int
@@ -40,7 +35,6 @@ class _State:
     noise_seed: int
     max_draft: int
     max_nodes: int
-    drafted: DraftTree | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -60,12 +54,12 @@ class LocalDrafter:
         self.module = module
         self.block_size = module.config.block_size
         self.taps = module.config.target_layer_ids
+        self.signals = module.signals
         self._tables = tables
         self._law_width = law_width
         self._device = module.fc.weight.device
         self._head_top_k = _resolve_top_k(head_top_k, self._device)
         self._states: dict[str, _State] = {}
-        self._estimator = AcceptanceEstimator([[PRIOR_ACCEPTANCE] * self.block_size])
         self.pools = DraftPools(module.config, tables.num_blocks, tables.block_size, module.fc.weight.dtype, self._device)
 
     @torch.no_grad()
@@ -107,8 +101,6 @@ class LocalDrafter:
                 limits = [counts[chosen[i]] for i in rows]
                 drafts = draft([chosen[i] for i in rows], [states[i] for i in rows], limits, part)
                 trees |= {tree.request_id: tree for tree in drafts}
-        for request_id, state in zip(chosen, states, strict=True):
-            state.drafted = trees[request_id]
         return trees
 
     def close(self, request_ids: Sequence[str]) -> None:
@@ -128,27 +120,8 @@ class LocalDrafter:
         if known + len(turn.tokens) != turn.base_len or turn.base_len == 0:
             self._states.pop(turn.request_id, None)
             return
-        if state is not None and turn.tokens and self.module.confidence_head is None:
-            self._learn(state, turn.tokens)
         anchor = turn.tokens[-1] if turn.tokens or state is None else state.anchor
         self._states[turn.request_id] = _State(turn.base_len, anchor, turn.sampling, turn.noise_seed, turn.max_draft, turn.max_nodes)
-
-    def _learn(self, state: _State, committed: Sequence[int]) -> None:
-        """Count visible outcomes for modules without a confidence head.
-
-        Only where a token is accepted exactly when it equals the target's: under the ratio rule a trimmed draft and a
-        rejected one look alike from here.
-        """
-        tree = state.drafted
-        if tree is None or not state.is_exact:
-            return
-        node = -1
-        for position, true in enumerate(committed):
-            children = [i for i, parent in enumerate(tree.parents) if parent == node]
-            if not children:
-                break
-            self._estimator.observe(0, position, tree.tokens[children[0]] == true)
-            node = next((child for child in children if tree.tokens[child] == true), len(tree.tokens))
 
     def _slots(self, request_id: str, start: int, count: int) -> Tensor:
         """Pool slots [count] of positions ``start ..``."""
@@ -175,19 +148,19 @@ class LocalDrafter:
         draft = draw_block(
             self.module, hidden[:, : max(counts)], self._anchors(states), self._draw_rows(states), self._law_width, self._head_top_k
         )
-        tokens = draft.tokens.tolist()
-        confidence = None if draft.confidence is None else draft.confidence.tolist()
+        tokens, confidence, margin = draft.tokens.tolist(), draft.confidence.tolist(), draft.margin.tolist()
         chains = []
         for row, (request_id, state, count) in enumerate(zip(request_ids, states, counts, strict=True)):
-            sure = self._estimator.estimate(0) if confidence is None else confidence[row]
             law = None if state.is_exact else DraftLaw(draft.ids[row, :count], draft.probs[row, :count])
-            chains.append(DraftTree.chain(request_id, state.base_len, tokens[row][:count], sure[:count], law))
+            chains.append(
+                DraftTree.chain(request_id, state.base_len, tokens[row][:count], confidence[row][:count], law, margin[row][:count])
+            )
         return chains
 
     def _trees(self, request_ids: Sequence[str], states: Sequence[_State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
         """Draft trees of at most ``counts`` nodes."""
         levels = [min(state.max_draft, self.block_size) for state in states]
-        rows = TreeRows(self._draw_rows(states), counts, levels, self._estimator.estimate(0))
+        rows = TreeRows(self._draw_rows(states), counts, levels)
         drafts = draw_trees(self.module, hidden, self._anchors(states), rows, self._law_width, self._head_top_k)
         return [
             DraftTree(
@@ -197,6 +170,7 @@ class LocalDrafter:
                 parents=draft.parents,
                 confidence=draft.confidence,
                 law=None if state.is_exact else DraftLaw(draft.ids, draft.probs),
+                margin=draft.margin,
             )
             for request_id, state, draft in zip(request_ids, states, drafts, strict=True)
         ]

@@ -6,23 +6,26 @@ one-hot (``DraftTree.law`` None) and its confidence may look at anything in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.types import DraftTree, DraftTurn
-from dspark.workers.drafter.acceptance import AcceptanceEstimator
+from dspark.types import DraftSignals, DraftTree, DraftTurn
 from dspark.workers.drafter.ngram_index import NgramIndex
 
 
 @dataclass(frozen=True, slots=True)
 class _Proposal:
-    """What would follow ``base_len`` tokens. It is made even when nothing may be verified: what comes then teaches as much."""
+    """What would follow ``base_len`` tokens."""
 
     base_len: int
-    bucket: int
     tokens: tuple[int, ...]
     confidence: tuple[float, ...]
+
+    @property
+    def margin(self) -> tuple[float, ...]:
+        return tuple(math.log(sure / (1.0 - sure)) for sure in self.confidence)
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class NgramDrafter:
     """
 
     taps: tuple[int, ...] = ()
+    signals: DraftSignals = DraftSignals()  # its margins are logits of acceptance already
 
     def __init__(self, block_size: int = 8, min_ngram: int = 1, max_ngram: int = 8) -> None:
         if block_size < 1:
@@ -51,13 +55,13 @@ class NgramDrafter:
         self._min_ngram = min_ngram
         self._max_ngram = max_ngram
         self._states: dict[str, _State] = {}
-        self._estimator = AcceptanceEstimator(_prior(min_ngram, max_ngram, block_size))
+        self._chances = _chances(min_ngram, max_ngram, block_size)
 
     def project(self, taps: Any) -> None:
         """No features: this drafter taps no layer."""
 
     def propose(self, turns: Sequence[DraftTurn]) -> None:
-        """Take in committed tokens, learn from them how the last proposal fared, and look up the next one."""
+        """Take in committed tokens and look up what may follow them."""
         for turn in turns:
             state = self._advance(turn)
             if state is None:
@@ -73,10 +77,12 @@ class NgramDrafter:
             state = self._states.get(request_id)
             if state is None or state.proposal is None:
                 continue
-            count = min(limit, state.limit)
-            tokens = state.proposal.tokens[:count] if count > 0 else ()
+            proposal, count = state.proposal, min(limit, state.limit)
+            tokens = proposal.tokens[:count] if count > 0 else ()
             if tokens:
-                trees[request_id] = DraftTree.chain(request_id, state.proposal.base_len, tokens, state.proposal.confidence[:count])
+                trees[request_id] = DraftTree.chain(
+                    request_id, proposal.base_len, tokens, proposal.confidence[:count], margin=proposal.margin[:count]
+                )
         return trees
 
     def close(self, request_ids: Sequence[str]) -> None:
@@ -97,22 +103,8 @@ class NgramDrafter:
             if len(turn.tokens) != turn.base_len:
                 return None
             state = self._states[turn.request_id] = _State(NgramIndex(self._min_ngram, self._max_ngram))
-        if turn.tokens:
-            if state.proposal is not None:
-                self._learn(state.proposal, turn.tokens)
-            state.index.extend(turn.tokens)
+        state.index.extend(turn.tokens)
         return state
-
-    def _learn(self, proposal: _Proposal, committed: Sequence[int]) -> None:
-        """Count the outcomes that ``committed`` shows, up to the first mismatch.
-
-        A trimmed draft is observed as far as the committed tokens reach; what lies beyond them says nothing. A token that
-        was not verified but came all the same counts as accepted: for a one-hot draft both have the target's probability.
-        """
-        for position, (drafted, true) in enumerate(zip(proposal.tokens, committed, strict=False)):
-            self._estimator.observe(proposal.bucket, position, drafted == true)
-            if drafted != true:
-                break
 
     def _look_up(self, state: _State, base_len: int) -> _Proposal | None:
         match = state.index.match
@@ -120,18 +112,17 @@ class NgramDrafter:
             return None
         tokens = state.index.continuation(match.end, self.block_size)
         agrees = state.index.tokens[match.recent_end + 1] == tokens[0]
-        bucket = (match.length - self._min_ngram) * 2 + agrees
-        return _Proposal(base_len, bucket, tuple(tokens), self._estimator.estimate(bucket))
+        return _Proposal(base_len, tuple(tokens), self._chances[match.length - self._min_ngram][agrees])
 
 
-def _prior(min_ngram: int, max_ngram: int, block_size: int) -> list[list[float]]:
-    """Estimates before any traffic, by bucket: P(right) = 1 / (1 + 3.5 n^-1.7) after n matching tokens.
+def _chances(min_ngram: int, max_ngram: int, block_size: int) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """P(right) of every position by length of the match, without and with agreement: 1 / (1 + 3.5 n^-1.7) after n matching tokens.
 
     Fitted to SmolLM2's greedy answers (chat, code and arithmetic). A draft token that follows k right ones continues a match
     that is k tokens longer. Half the odds where the latest place of the shortest suffix goes on differently.
     """
-    rows = []
-    for length in range(min_ngram, max_ngram + 1):
-        for odds in (0.5, 1.0):
-            rows.append([1.0 / (1.0 + 3.5 * (length + k) ** -1.7 / odds) for k in range(block_size)])
-    return rows
+
+    def chances(length: int, odds: float) -> tuple[float, ...]:
+        return tuple(1.0 / (1.0 + 3.5 * (length + k) ** -1.7 / odds) for k in range(block_size))
+
+    return [(chances(length, 0.5), chances(length, 1.0)) for length in range(min_ngram, max_ngram + 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspark.types import DraftTree, DraftTurn
+from dspark.types import DraftSignals, DraftTree, DraftTurn
 
 
 class NoDrafter:
@@ -13,6 +13,7 @@ class NoDrafter:
 
     block_size: int = 0
     taps: tuple[int, ...] = ()
+    signals: DraftSignals = DraftSignals()
 
     def project(self, taps: Any) -> None:
         """No features: this drafter taps no layer."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark.kernels.draft_draw import child_salt, race_order, truncate_law
+from dspark.kernels.draft_draw import child_salt, log_odds, race_order, truncate_law
 from dspark.workers.drafter.block_draw import DrawRows, base_law, target_ids
 from dspark.workers.drafter.dspark_module import DSparkModule
 
@@ -36,25 +36,29 @@ from dspark.workers.drafter.dspark_module import DSparkModule
 SECOND_DRAW = 0.4
 FADE = 1.25
 COUPLED_FLATTENING = 1.5
+MIN_CHANCE = 1e-5  # below it a candidate's margin falls no further
 
 
 @dataclass(frozen=True, slots=True)
 class TreeRows:
-    """What trees are wanted: per request the draw, most nodes and most levels; ``prior`` [γ] stands in for a confidence head."""
+    """What trees are wanted: per request the draw, most nodes and most levels."""
 
     draw: DrawRows
     num_nodes: Sequence[int]
     num_levels: Sequence[int]
-    prior: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
 class TreeDraft:
-    """One request's tree, best node first; ``ids``, ``probs`` [n, w]: the law of each node, given its earlier siblings."""
+    """One request's tree, best node first; ``ids``, ``probs`` [n, w]: the law of each node, given its earlier siblings.
+
+    ``margin`` of a first candidate is that of a chain's token, of a later one the logit of its confidence.
+    """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     confidence: tuple[float, ...]
+    margin: tuple[float, ...]
     ids: Tensor
     probs: Tensor
 
@@ -72,6 +76,7 @@ class _Level:
     columns: Tensor
     tokens: Tensor
     confidence: Tensor
+    margin: Tensor
     survival: Tensor
 
 
@@ -148,9 +153,11 @@ class _Builder:
         raced = race_order(ids, probs, draw.seeds, draw.base_lens + depth, draw.coupled, nodes.salts)
         keys = torch.where(self.is_greedy, probs, raced)
         values, columns = keys.topk(min(self.num_nodes, keys.shape[-1]), dim=-1)
-        chance = self._chances(depth, nodes.tokens, keys, values)
+        margin = log_odds(logits)
+        chance = self._chances(self._confidence(depth, nodes.tokens, margin), keys, values)
+        margin = torch.cat([margin.unsqueeze(-1), torch.logit(chance[..., 1:], eps=MIN_CHANCE)], dim=-1)
         survival = torch.where((values > 0) & (depth < self.depth_limit), nodes.survival.unsqueeze(-1) * chance, -1.0)
-        self.levels.append(_Level(nodes.places, ids, probs, columns, ids.gather(2, columns), chance, survival))
+        self.levels.append(_Level(nodes.places, ids, probs, columns, ids.gather(2, columns), chance, margin, survival))
         return state
 
     def _next_nodes(self, depth: int, parents: _Nodes, state: Tensor | None) -> _Nodes:
@@ -175,13 +182,13 @@ class _Builder:
             salts=child_salt(parents.salts.gather(1, owner), best % num_candidates),
         )
 
-    def _chances(self, depth: int, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _chances(self, sure: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """P(candidate accepted | its parent accepted) [R, B, J] of candidates with keys ``values``, none above the one before.
 
         Where the target's token decides (greedy, coupled) a candidate is fixed by law and noise, so its own weight counts.
         A drawn one may not look at itself: the confidence alone says what the draws are worth.
         """
-        sure = self._confidence(depth, tokens).unsqueeze(-1)
+        sure = sure.unsqueeze(-1)
         power = torch.where(self.is_greedy, 1.0, 1.0 / COUPLED_FLATTENING)
         weights = values**power / (keys**power).sum(-1, keepdim=True)
         weights = torch.cat([(weights[..., :1] * sure).sqrt(), weights[..., 1:]], dim=-1)
@@ -191,10 +198,10 @@ class _Builder:
         before = torch.cat([torch.ones_like(sure), (1.0 - draws[..., :-1]).cumprod(-1)], dim=-1)
         return torch.where(self.is_exact, weights, draws * before).cummin(-1).values
 
-    def _confidence(self, depth: int, tokens: Tensor) -> Tensor:
-        """c of the position after nodes with tokens [R, B]."""
+    def _confidence(self, depth: int, tokens: Tensor, margin: Tensor) -> Tensor:
+        """c of the position after nodes with tokens [R, B]; without a head the probability of the law's best token."""
         logits = self.module.branch_confidence_logits(depth, self.hidden[:, depth], tokens)
-        return torch.full_like(tokens, self.rows.prior[depth], dtype=torch.float32) if logits is None else torch.sigmoid(logits)
+        return torch.sigmoid(margin if logits is None else logits)
 
     def _trees(self) -> list[TreeDraft]:
         """The best nodes of every request, in order, with their laws."""
@@ -203,6 +210,7 @@ class _Builder:
         order = alive.sort(dim=1, descending=True, stable=True).indices[:, : self.num_nodes]
         tokens = torch.cat([level.tokens.flatten(1) for level in levels], dim=1).gather(1, order).tolist()
         confidence = torch.cat([level.confidence.flatten(1) for level in levels], dim=1).gather(1, order).tolist()
+        margin = torch.cat([level.margin.flatten(1) for level in levels], dim=1).gather(1, order).tolist()
         num_candidates = levels[0].tokens.shape[2]
         parents = torch.cat([level.parents for level in levels], dim=1).gather(1, order // num_candidates).tolist()
         ids, probs = self._laws(order // num_candidates, order % num_candidates)
@@ -211,7 +219,8 @@ class _Builder:
         for row, (count, nodes) in enumerate(zip(counts, order.tolist(), strict=True)):
             place = {node: i for i, node in enumerate(nodes[:count])} | {-1: -1}
             above = tuple(place[node] for node in parents[row][:count])
-            trees.append(TreeDraft(tuple(tokens[row][:count]), above, tuple(confidence[row][:count]), ids[row, :count], probs[row, :count]))
+            sure, odds = tuple(confidence[row][:count]), tuple(margin[row][:count])
+            trees.append(TreeDraft(tuple(tokens[row][:count]), above, sure, odds, ids[row, :count], probs[row, :count]))
         return trees
 
     def _laws(self, owner: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from dspark.sampling import AcceptanceRule
 
+MAX_POSITIONS = 16  # of a draft that have counters of their own in the metrics
+
 
 @dataclass(slots=True)
 class RuleCounters:
@@ -26,6 +28,7 @@ class EngineCounters:
     drafted: int = 0
     accepted: int = 0
     generated: int = 0
+    accepted_lengths: list[int] = field(default_factory=list)  # [k]: rounds that verified drafts and accepted k
     shadow_accepted: int = 0  # of shadow rounds that were trimmed: what verifying and committing everything would have accepted
     budget: int = 0  # drafted tokens that plans admitted
     windows: list[int] = field(default_factory=list)  # [k]: rounds that verified k drafted tokens
@@ -43,6 +46,8 @@ class EngineCounters:
         self.generated += generated
         self.windows += [0] * (drafted + 1 - len(self.windows))
         self.windows[drafted] += 1
+        self.accepted_lengths += [0] * (accepted + 1 - len(self.accepted_lengths))
+        self.accepted_lengths[accepted] += drafted > 0
         self.by_rule[rule].drafted += drafted
         self.by_rule[rule].accepted += accepted
 
@@ -50,3 +55,9 @@ class EngineCounters:
     def tokens_per_round(self) -> float:
         """Tokens committed a round and request, rounds without drafts included: what predicts how long a request takes."""
         return 1.0 + self.accepted / self.rounds if self.rounds else 1.0
+
+    def accepted_by_position(self) -> dict[str, int]:
+        """How often the drafted token at each position was accepted, as labelled counters; position 0 is the first of a draft."""
+        rounds = list(self.accepted_lengths)
+        longest = min(len(rounds) - 1, MAX_POSITIONS)
+        return {f'accepted_tokens_per_pos_total{{position="{k}"}}': sum(rounds[k + 1 :]) for k in range(longest)}

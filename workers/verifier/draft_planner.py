@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dspark.types import Mode
+from dspark.types import DraftTree, Mode
 from dspark.workers.verifier.costs import Floats, LiveCosts
 from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.planner import Pace, Ranking, best_count, count_within, early_stop, pack, rank
 from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.survival import SurvivalEstimator
 
 ROW_RATE = 0.1  # of the running mean of drafts a row
 LAG = 2  # steps between the confidences that a budget comes from and the step that it is for (DSpark section 5.2)
@@ -71,6 +72,7 @@ class DraftPlanner:
     """
 
     policy: DraftPolicy
+    survival: SurvivalEstimator
     costs: LiveCosts | None = None
     looks_back: bool = False
     speculation_limit: float = 1.0
@@ -122,7 +124,8 @@ class DraftPlanner:
         share.num_draft = share.num_commit = min(num_drafted(share.sequence), left)
 
     def _trim(self, costs: LiveCosts, trimmed: Seq[Share], shares: Seq[Share], left: int, draft_s: float) -> None:
-        survival = pack([s.sequence.survival[: num_drafted(s.sequence)] for s in trimmed])
+        trees = [s.sequence.draft for s in trimmed if s.sequence.draft is not None]
+        survival = self.survival.survival(trees)
         ranking = rank(survival)
         num_rows = sum(s.samples for s in shares)
         shape = StepShape.of(shares)
@@ -140,7 +143,7 @@ class DraftPlanner:
         self._drafts_a_row += ROW_RATE * (self.budget / max(num_rows, 1) - self._drafts_a_row)
         self._history.append(ranking)
         if any(s.sequence.speculation.tree_nodes for s in trimmed):
-            survival = pack([_branch_survival(s.sequence) for s in trimmed])
+            survival = pack([_branch_survival(tree, row) for tree, row in zip(trees, survival.tolist(), strict=True)])
         self.policy.observe(survival)
 
     def _count(self, ranking: Ranking, num_rows: int, seconds: Floats, can_look_ahead: bool) -> int:
@@ -176,14 +179,13 @@ def num_drafted(sequence: Sequence) -> int:
     return min(len(draft.tokens), sequence.drafts_wanted)
 
 
-def _branch_survival(sequence: Sequence) -> list[float]:
+def _branch_survival(tree: DraftTree, survival: Seq[float]) -> list[float]:
     """Survival of the branch of best candidates: of a tree, what a chain would be, so that the two teach the policy alike."""
-    survival, parents = sequence.survival[: num_drafted(sequence)], () if sequence.draft is None else sequence.draft.parents
     branch: list[float] = []
     tip = -1
-    for node, value in enumerate(survival):
-        if parents[node] == tip:
-            branch.append(value)
+    for node, parent in enumerate(tree.parents):
+        if parent == tip:
+            branch.append(survival[node])
             tip = node
     return branch
 

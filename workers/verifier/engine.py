@@ -29,7 +29,7 @@ from dspark.workers.verifier.laws import check_sampling
 from dspark.workers.verifier.runner import Runner, StepResult
 from dspark.workers.verifier.scheduler import Limits, Scheduler
 from dspark.workers.verifier.sequence import Sequence
-from dspark.workers.verifier.survival import HeadSurvival, SurvivalEstimator, never_rising
+from dspark.workers.verifier.survival import SurvivalEstimator, make_estimator
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.text import TextStream
 
@@ -106,11 +106,11 @@ class Engine:
         self.options = options
         self.tokenizer = tokenizer
         self.runner = Runner(target, pool, drafter.taps)
-        self.drafts = DraftPlanner(DraftPolicy(drafter.block_size), looks_back=options.overlapped)
+        survival = make_estimator("head", drafter.block_size, drafter.signals)
+        self.drafts = DraftPlanner(DraftPolicy(drafter.block_size), survival, looks_back=options.overlapped)
         padded = partial(padded_size, device=target.device, dtype=target.dtype)
         self.scheduler = Scheduler(pool, options.limits, self.drafts, padded)
         self.aside = Aside()
-        self.survival: SurvivalEstimator = HeadSurvival()
         self.judge: Judge = judge
         self.counters = EngineCounters()
         self.sequences: dict[str, Sequence] = {}
@@ -118,6 +118,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.sequences)
+
+    @property
+    def survival(self) -> SurvivalEstimator:
+        """What estimates the survival of drafts, and learns it from every judged one."""
+        return self.drafts.survival
 
     def set_costs(self, costs: CostTable) -> None:
         """Let adaptive speculation trim by this table; without one it verifies every draft."""
@@ -198,8 +203,7 @@ class Engine:
         for sequence in self.scheduler.chosen:
             draft = drafts.get(sequence.id)
             is_fresh = draft is not None and draft.base_len == sequence.num_known
-            sequence.draft = draft if is_fresh else None
-            sequence.survival = never_rising(self.survival.survival(draft)) if draft is not None and is_fresh else ()
+            sequence.draft = draft.first(sequence.drafts_wanted) if draft is not None and is_fresh else None
         return len(want), max((s.draft_depth for s in self.scheduler.chosen), default=0)
 
     def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:
@@ -231,7 +235,8 @@ class Engine:
         return StepRecord(plan.num_tokens, prefill, context, drafting, times)
 
     def _learn(self, record: StepRecord) -> None:
-        """Correct the cost table by a step that is over."""
+        """Correct the cost table by a step that is over, and the estimates of survival by all steps before it."""
+        self.survival.learn()
         costs, times = self.drafts.costs, record.times
         if costs is None:
             return
@@ -281,6 +286,9 @@ class Engine:
         """Append a verdict's tokens as far as the request still runs."""
         done: Cut = cut(sequence, verdict.tokens, self.target.eos_ids)
         is_first = not sequence.output
+        if sequence.draft is not None:
+            accepted = verdict.nodes[: len(done.tokens)]
+            self.survival.observe(sequence.draft, num_draft, accepted, is_cut=len(done.tokens) <= verdict.accepted)
         sequence.append(done.tokens, now_s)
         self.counters.count_round(num_draft, verdict.accepted, len(done.tokens), sequence.request.sampling.rule)
         return StepOutcome(

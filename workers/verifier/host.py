@@ -119,6 +119,8 @@ class EngineHost:
             "step_seconds_total": counters.step_seconds,
             "predicted_seconds_total": counters.predicted_seconds,
             **{f'verified_window_total{{drafts="{k}"}}': count for k, count in enumerate(counters.windows)},
+            **counters.accepted_by_position(),
+            **engine.survival.stats(),
         }
 
     def drain(self, timeout_s: float) -> bool:

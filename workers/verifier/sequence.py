@@ -32,7 +32,6 @@ class Sequence:
     draft_depth: int = 0  # how many tokens deep the drafter was asked to draft after the last step
     drafts_wanted: int = 0  # how many drafted tokens in all: more than the depth for a tree
     draft: DraftTree | None = None
-    survival: tuple[float, ...] = ()  # of the draft's nodes: never above that of the node before
     text: TextStream | None = None  # only for requests with stop strings
     num_taught: int = 0  # known tokens that the drafter has been told
     rest: Rest = field(default_factory=Rest)  # from drafting, when its drafts are never admitted

@@ -220,7 +220,7 @@ def test_later_siblings_are_learnt_apart() -> None:
         accepted = ((0, 2), (0,), (1,), ())[int(random.integers(0, 4))]
         survival.observe(tree, 3, accepted)
         survival.learn()
-    first, second, _ = survival.survival([make_tree([0.0] * 3, parents=(-1, -1, 0))])[0]
+    first, second, _ = survival.survival([tree])[0]
     assert first == pytest.approx(0.5, abs=0.04)
     assert second == pytest.approx(0.25, abs=0.04)
     assert survival.survival([make_tree([0.0] * 2)])[0] == pytest.approx([0.5, 0.25], abs=0.04)

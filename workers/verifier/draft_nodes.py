@@ -105,22 +105,17 @@ def _gather_uneven(trees: Sequence[DraftTree], names: Sequence[str], num_slots: 
 def along_branches(conditional: Floats, parents: Ints | None) -> Floats:
     """Survival [R, n] from P(a node is accepted | its parent was), never rising along a row.
 
-    Of the children of a node at most one stands, so the later ones share what the earlier ones leave. A node that seems likelier
-    than one before it in the list waits for that one all the same, because the first nodes of a list are what is verified.
+    A node that seems likelier than one before it in the list waits for that one all the same, because the first nodes of a list
+    are what is verified.
     """
     if parents is None:
         return np.multiply.accumulate(conditional, axis=1)
     rows = np.arange(len(conditional))
-    left = np.ones((len(conditional), conditional.shape[1] + 1))  # of the anchor, then of every node, not yet given to children
     survival = np.empty_like(conditional)
-    before = np.ones(len(conditional))
     for node in range(conditional.shape[1]):
         parent = parents[:, node]
-        whole = np.where(parent < 0, 1.0, survival[rows, parent])
-        before = np.minimum(np.minimum(whole * conditional[:, node], left[rows, parent + 1]), before)
-        survival[:, node] = left[:, node + 1] = before
-        left[rows, parent + 1] -= before
-    return survival
+        survival[:, node] = conditional[:, node] * np.where(parent < 0, 1.0, survival[rows, parent])
+    return np.minimum.accumulate(survival, axis=1)
 
 
 @lru_cache(maxsize=4096)

@@ -113,26 +113,6 @@ class Runner:
             device = self.target.device
             self.store.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
 
-    def keep_paths(self, plan: VerifyPlan, verdicts: Mapping[str, Verdict]) -> None:
-        """Move the KV of accepted nodes to the positions that their tokens are committed to, wherever it is not there already.
-
-        Every node had a slot of its own, in the order of the draft.
-        """
-        sources: list[int] = []
-        targets: list[int] = []
-        for row in plan.rows:
-            verdict = verdicts.get(row.request_id)
-            if verdict is None or verdict.path is None:
-                continue
-            base, table = row.start + row.num_known, self.pool.table(row.request_id)
-            for depth, node in enumerate(verdict.path):
-                if node != depth:
-                    sources += self._slots(table, base + node, base + node + 1)
-                    targets += self._slots(table, base + depth, base + depth + 1)
-        if sources:
-            device = self.target.device
-            self.store.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
-
     def _slots(self, table: object, begin: int, end: int) -> list[int]:
         size = self.pool.block_size
         return [table[p // size] * size + p % size for p in range(begin, end)]  # type: ignore[index]

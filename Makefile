@@ -29,6 +29,8 @@ DEV   := $(VENV)/.dev-installed
 OLDEST := $(VENV)/.oldest-installed
 OLDEST_TRANSFORMERS := 5.17.0
 say = @echo '==>'
+# A file's tests stay on one process: they share models and servers. One compute thread each, or they wait for one another.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help install install-dev model serve test test-oldest lint format proto bench clean
 
@@ -80,13 +82,13 @@ test: $(DEV)
 	$(say) "preparing the embedded model"
 	@$(BIN)/python -m dspark.deploy.default_model
 	$(say) "running the tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 # The oldest transformers that pyproject.toml allows, laid over the newest: what touches its models must run on both.
 test-oldest: export HF_HUB_OFFLINE := 1
 test-oldest: $(OLDEST)
 	$(say) "running the model tests on transformers $(OLDEST_TRANSFORMERS)"
-	@PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/verifier tests/drafter $(ARGS)
+	@PYTHONPATH=$(VENV)/oldest $(PYTEST) tests/verifier tests/drafter $(ARGS)
 
 $(OLDEST): $(DEV)
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $(VENV)/oldest transformers==$(OLDEST_TRANSFORMERS) "huggingface-hub<2"

@@ -129,6 +129,11 @@ class SamplingParams:
             return self.acceptance
         return AcceptanceRule.RATIO if self.seed is None else AcceptanceRule.COUPLED
 
+    @property
+    def is_exact(self) -> bool:
+        """A draft is accepted exactly when it is the target's own token: greedy and coupled requests, whose text no draft can change."""
+        return self.is_greedy or self.rule is AcceptanceRule.COUPLED
+
     def child(self, index: int) -> SamplingParams:
         """The parameters of choice ``index`` of ``n``: n = 1, and its own seed when one is given."""
         seed = None if self.seed is None else (self.seed + index + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT

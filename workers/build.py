@@ -82,6 +82,7 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
         limits=Limits(config.max_num_seqs, max(config.max_batch_tokens, config.max_num_seqs), config.prefix_cache),
         max_queued=config.max_queued,
         speculation=Speculation.parse(config.speculation),
+        auto_trees=isinstance(drafter, LocalDrafter),
         overlapped=driver == "overlapped",
     )
     engine = Engine(target, pool, drafter, options, tokenizer)

@@ -36,11 +36,6 @@ class _State:
     max_draft: int
     max_nodes: int
 
-    @property
-    def is_exact(self) -> bool:
-        """The rule accepts a token exactly when it is the target's own: greedy and coupled requests."""
-        return self.sampling.is_greedy or self.sampling.rule is AcceptanceRule.COUPLED
-
 
 class LocalDrafter:
     """Drafts with ``module`` for the requests of one verifier.
@@ -151,7 +146,7 @@ class LocalDrafter:
         tokens, confidence, margin = draft.tokens.tolist(), draft.confidence.tolist(), draft.margin.tolist()
         chains = []
         for row, (request_id, state, count) in enumerate(zip(request_ids, states, counts, strict=True)):
-            law = None if state.is_exact else DraftLaw(draft.ids[row, :count], draft.probs[row, :count])
+            law = None if state.sampling.is_exact else DraftLaw(draft.ids[row, :count], draft.probs[row, :count])
             chains.append(
                 DraftTree.chain(request_id, state.base_len, tokens[row][:count], confidence[row][:count], law, margin[row][:count])
             )
@@ -169,7 +164,7 @@ class LocalDrafter:
                 tokens=draft.tokens,
                 parents=draft.parents,
                 confidence=draft.confidence,
-                law=None if state.is_exact else DraftLaw(draft.ids, draft.probs),
+                law=None if state.sampling.is_exact else DraftLaw(draft.ids, draft.probs),
                 margin=draft.margin,
             )
             for request_id, state, draft in zip(request_ids, states, drafts, strict=True)

@@ -142,7 +142,7 @@ class DraftPlanner:
         self.budget = count + fixed
         self._drafts_a_row += ROW_RATE * (self.budget / max(num_rows, 1) - self._drafts_a_row)
         self._history.append(ranking)
-        if any(s.sequence.speculation.tree_nodes for s in trimmed):
+        if any(s.sequence.drafts_wanted > s.sequence.draft_depth for s in trimmed):
             survival = pack([_branch_survival(tree, row) for tree, row in zip(trees, survival.tolist(), strict=True)])
         self.policy.observe(survival)
 
@@ -198,5 +198,4 @@ def _pace(trimmed: Seq[Share], shares: Seq[Share]) -> Pace:
 
 def _cannot_be_biased(sequence: Sequence) -> bool:
     """Whether no schedule can change the law of the text: greedy, coupled, or drafts fixed by the history."""
-    sampling = sequence.request.sampling
-    return sampling.is_greedy or sampling.rule == "coupled" or (sequence.draft is not None and sequence.draft.law is None)
+    return sequence.request.sampling.is_exact or (sequence.draft is not None and sequence.draft.law is None)

@@ -29,6 +29,7 @@ from dspark.workers.verifier.laws import check_sampling
 from dspark.workers.verifier.runner import Runner, StepResult
 from dspark.workers.verifier.scheduler import Limits, Scheduler
 from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.shape_policy import ShapePolicy
 from dspark.workers.verifier.survival import SurvivalEstimator, make_estimator
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.text import TextStream
@@ -45,6 +46,7 @@ class EngineOptions:
     max_queued: int = 256
     speculation: Speculation = field(default_factory=Speculation)
     draft_wait_s: float = 0.05
+    auto_trees: bool = False  # adaptive requests may get trees at few streams
     overlapped: bool = False  # host work of a step under the next forward, budgets from confidences two steps old
 
 
@@ -85,6 +87,9 @@ class StepRecord:
     context: int
     drafting_context: int
     times: StepTimes
+    num_rows: int
+    num_committed: int
+    tree_nodes: int  # that adaptive requests' drafts could have; 0: chains
 
 
 class Engine:
@@ -110,6 +115,8 @@ class Engine:
         self.drafts = DraftPlanner(DraftPolicy(drafter.block_size), survival, looks_back=options.overlapped)
         padded = partial(padded_size, device=target.device, dtype=target.dtype)
         self.scheduler = Scheduler(pool, options.limits, self.drafts, padded)
+        self.shapes = ShapePolicy(options.auto_trees)
+        self.tree_nodes = 0  # that drafts of adaptive requests may have now
         self.aside = Aside()
         self.judge: Judge = judge
         self.counters = EngineCounters()
@@ -187,7 +194,7 @@ class Engine:
         verdicts = self._judge(plan, result)
         self.runner.keep_paths(plan, verdicts)
         times.judged_s = self.clock()
-        record = self._record(plan, times)
+        record = self._record(plan, times, verdicts)
         if self.options.overlapped:
             self.aside.run(partial(self._learn, record))
         else:
@@ -228,11 +235,12 @@ class Engine:
             stop_ids=self._stop_ids(sequence),
         )
 
-    def _record(self, plan: VerifyPlan, times: StepTimes) -> StepRecord:
+    def _record(self, plan: VerifyPlan, times: StepTimes, verdicts: dict[str, Verdict]) -> StepRecord:
         prefill = sum(row.num_known for row in plan.rows if row.num_known > 1)
         context = sum(row.start + row.num_known for row in plan.rows)
         drafting = sum(s.num_computed for s in self.scheduler.chosen if s.drafts_wanted)
-        return StepRecord(plan.num_tokens, prefill, context, drafting, times)
+        committed = sum(len(verdict.tokens) for verdict in verdicts.values())
+        return StepRecord(plan.num_tokens, prefill, context, drafting, times, len(verdicts), committed, self.tree_nodes)
 
     def _learn(self, record: StepRecord) -> None:
         """Correct the cost table by a step that is over, and the estimates of survival by all steps before it."""
@@ -246,6 +254,8 @@ class Engine:
         self.counters.predicted_seconds += predicted_s + costs.table.prefill_s * record.num_prefill
         if not record.num_prefill:
             costs.observe_verify(record.num_tokens, record.context, times.verify_s)
+            if times.num_drafting == record.num_rows:
+                self.shapes.observe(record.num_rows, record.tree_nodes, record.num_committed, times.judged_s - times.begin_s)
         if times.num_drafting:
             costs.observe_draft(times.num_drafting, times.depth, record.drafting_context, times.draft_s)
 
@@ -325,11 +335,12 @@ class Engine:
             projected = self.drafter.project(pad_rows(taps[rows]))[: len(rows)]
             features = list(projected.split([len(advance.rows) for advance in advances]))
         depth = self.drafts.depth(self.scheduler.running)
+        self.tree_nodes = self.shapes.nodes(len(self.scheduler.running))
         turns = []
         for advance, feature in zip(advances, features, strict=True):
             sequence = advance.sequence
             sequence.draft_depth = self._draft_depth(sequence, depth) if sequence.num_pending == 1 else 0
-            nodes = sequence.max_nodes(sequence.draft_depth, self.options.max_model_len)
+            nodes = sequence.max_nodes(sequence.draft_depth, self.options.max_model_len, self.tree_nodes)
             sequence.drafts_wanted = nodes or sequence.draft_depth
             turns.append(
                 DraftTurn(

@@ -84,14 +84,17 @@ class Sequence:
         limit = block_size if self.speculation.draft_len is None else min(block_size, self.speculation.draft_len)
         return max(0, min(limit, self.max_len - self.num_known - 1))
 
-    def max_nodes(self, depth: int, max_model_len: int) -> int:
+    def max_nodes(self, depth: int, max_model_len: int, auto_nodes: int) -> int:
         """How many nodes a draft tree of at most ``depth`` levels may have; 0 where a chain is wanted.
+
+        ``auto_nodes`` are for adaptive requests that ask for no shape and whose text is fixed by logits and noise.
 
         While it is verified every node takes a position of its own, and no request has more than ``max_model_len``.
         """
-        if not self.speculation.tree_nodes or not depth:
-            return 0
-        return min(self.speculation.tree_nodes, max_model_len - self.num_known)
+        nodes = self.speculation.tree_nodes
+        if self.speculation == Speculation() and self.request.sampling.is_exact:
+            nodes = auto_nodes
+        return min(nodes, max_model_len - self.num_known) if depth else 0
 
     def hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
         """Chained hashes of the first ``num_blocks`` full blocks of known tokens."""

@@ -1,16 +1,16 @@
-"""``dspark bench offline | online | mixed | report``: flags in, tables and JSON lines out."""
+"""``dspark bench offline | online | mixed | planner | survival | report``: flags in, tables and JSON lines out."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
 from dspark.bench.compare import ComparePlan, run_compare
-from dspark.bench.flags import COMPARE_DEFAULTS, LOAD_DEFAULTS, make_parser, settle
+from dspark.bench.flags import COMPARE_DEFAULTS, LOAD_DEFAULTS, Command, make_parser, settle
 from dspark.bench.http_client import Ask
 from dspark.bench.load import Load
 from dspark.bench.metrics import Limits
@@ -18,11 +18,13 @@ from dspark.bench.mixed import MixedPlan, run_mixed
 from dspark.bench.modes import parse_modes
 from dspark.bench.offline import OfflinePlan, check_lossless, run_offline
 from dspark.bench.online import OnlinePlan, run_online
+from dspark.bench.planner_time import run_planner
 from dspark.bench.plots import draw
 from dspark.bench.report import report
 from dspark.bench.results import offline, read_lines
 from dspark.bench.runners import Source
 from dspark.bench.server_process import free_port, running, serve_command
+from dspark.bench.survival_replay import FULL, ReplayPlan, run_replay
 from dspark.bench.sweep import Held, make_levels
 from dspark.bench.synthetic import SyntheticAcceptance
 from dspark.errors import ConfigError
@@ -32,7 +34,7 @@ SERVER_START_S = 300.0
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; the exit code is 1 when a check or a request failed. DSparkError if it cannot run at all."""
-    args = make_parser(_offline, _online, _mixed, _report).parse_args(argv)
+    args = make_parser(_RUN).parse_args(argv)
     return int(args.run(args))
 
 
@@ -158,6 +160,24 @@ def _mixed(args: argparse.Namespace) -> int:
         return 1 if run_mixed(plan, urls[0], urls[1], out) else 0
 
 
+def _planner(args: argparse.Namespace) -> int:
+    with _json_out(args.json) as out:
+        run_planner(args.requests, args.positions, args.estimators, args.repeats, out)
+    return 0
+
+
+def _survival(args: argparse.Namespace) -> int:
+    from dspark import LLM
+
+    plan = ReplayPlan(args.prompts, args.sets, args.requests, args.temperature, args.max_tokens, args.concurrency, args.trim)
+    settings = {"max_num_seqs": args.concurrency, "profile": False, "prefix_cache": False}
+    with _json_out(args.json) as out, LLM(args.model, args.drafter, FULL, args.dtype, **settings) as llm:
+        if not llm.engine.drafter.block_size:
+            raise ConfigError("--drafter none drafts nothing: there is nothing to estimate")
+        run_replay(plan, llm, _chat_encoder(args.model or _embedded_model()), out)
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     records = offline(read_lines(args.files))
     if not records:
@@ -167,6 +187,16 @@ def _report(args: argparse.Namespace) -> int:
         draw(records, args.png)
         print(f"wrote {args.png}")
     return 0
+
+
+_RUN: Mapping[str, Command] = {
+    "offline": _offline,
+    "online": _online,
+    "mixed": _mixed,
+    "planner": _planner,
+    "survival": _survival,
+    "report": _report,
+}
 
 
 def _embedded_model() -> str:

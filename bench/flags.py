@@ -33,23 +33,26 @@ COMPARE_DEFAULTS: Mapping[str, object] = {
     "repeats": 3,
 }
 FLAGS = {"classes": "--class"}  # where a flag is not named as what it sets
+ESTIMATORS = ("head", "margin", "constant")
 DTYPES = ("bfloat16", "float16", "float32")
 Command = Callable[[argparse.Namespace], int]
 T = TypeVar("T")
 
 
-def make_parser(offline: Command, online: Command, mixed: Command, report: Command) -> argparse.ArgumentParser:
-    """The parser of all commands; ``run`` of what it returns is the chosen one."""
+def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser of all commands; ``run`` of what it returns is the chosen one of ``run``."""
     parser = argparse.ArgumentParser("dspark bench", description="Measure speculation, servers, and what they add.", allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, add_flags, text in (
-        ("offline", offline, _add_offline, "modes of speculation against each other, in this process"),
-        ("online", online, _add_online, "load on an OpenAI-compatible server"),
-        ("mixed", mixed, _add_mixed, "goodput of mixed traffic: adaptive with and without latency budgets, and plain, on own servers"),
-        ("report", report, _add_report, "ratios between the modes in result files, and their curves"),
+    for name, add_flags, text in (
+        ("offline", _add_offline, "modes of speculation against each other, in this process"),
+        ("online", _add_online, "load on an OpenAI-compatible server"),
+        ("mixed", _add_mixed, "goodput of mixed traffic: adaptive with and without latency budgets, and plain, on own servers"),
+        ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
+        ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
+        ("report", _add_report, "ratios between the modes in result files, and their curves"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run[name])
         add_flags(command)
     return parser
 
@@ -165,6 +168,32 @@ def _add_mixed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server-flags", type=shlex.split, default=[], metavar="TEXT", help="more flags of dspark serve, for both servers")
 
 
+def _add_planner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--requests", type=_list_of(_positive), default=(1, 16, 64, 256), metavar="N,M", help="default 1,16,64,256")
+    parser.add_argument("--positions", type=_positive, default=7, metavar="N", help="drafted tokens a request (default 7)")
+    _add_estimators(parser)
+    parser.add_argument("--repeats", type=_positive, default=500, metavar="N", help="steps; medians are reported (default 500)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a result")
+
+
+def _add_estimators(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--estimators", type=_list_of(_estimator), default=ESTIMATORS, metavar="A,B", help=f"of {', '.join(ESTIMATORS)}")
+
+
+def _add_survival(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_prompts(parser)
+    parser.add_argument("--model", help="folder or hub name (default: the embedded model)")
+    parser.add_argument("--drafter", default="auto", help="auto, ngram, or a folder (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--requests", type=_positive, default=40, metavar="N", help="prompts of each set (default 40)")
+    parser.add_argument("--temperature", type=_list_of(_number), default=(0.0, 1.0), metavar="T,U", help="of every prompt (default 0,1)")
+    parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="new tokens a request (default 128)")
+    parser.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="streams at once (default 16)")
+    trim = "learn only from tokens predicted to survive with this probability (default 0,0.3)"
+    parser.add_argument("--trim", type=_list_of(_share), default=(0.0, 0.3), metavar="P,Q", help=trim)
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines of bench offline")
     parser.add_argument("--baseline", metavar="LABEL", help="divide by this mode (default: plain)")
@@ -200,6 +229,19 @@ def _over_zero(text: str) -> float:
     if value == 0:
         raise argparse.ArgumentTypeError("must be over 0")
     return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not under 1")
+    return value
+
+
+def _estimator(text: str) -> str:
+    if text not in ESTIMATORS:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ESTIMATORS)}")
+    return text
 
 
 def _rule(text: str) -> AcceptanceRule:

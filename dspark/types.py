@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Protocol
 
 from dspark.sampling import SamplingParams
@@ -144,6 +145,11 @@ class DraftLaw:
     probs: Any
 
 
+@lru_cache
+def _chain_parents(count: int) -> tuple[int, ...]:
+    return tuple(range(-1, count - 1))
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """Drafted tokens of one request, parents before children; a chain has parents -1, 0, 1, …
@@ -173,7 +179,7 @@ class DraftTree:
         margin: Sequence[float] = (),
     ) -> DraftTree:
         """A tree without branches."""
-        return DraftTree(request_id, base_len, tuple(tokens), tuple(range(-1, len(tokens) - 1)), tuple(confidence), law, tuple(margin))
+        return DraftTree(request_id, base_len, tuple(tokens), _chain_parents(len(tokens)), tuple(confidence), law, tuple(margin))
 
     def first(self, count: int) -> DraftTree:
         """The first ``count`` nodes, with their laws."""

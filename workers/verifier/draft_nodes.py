@@ -16,12 +16,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-from dspark.types import DraftTree
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -30,6 +28,17 @@ Number = TypeVar("Number", bound=np.generic)
 
 MIN_CHANCE = 1e-4  # confidences are taken at least so far from 0 and 1
 MAX_MARGIN = 12.0
+
+
+class Drafted(Protocol):
+    """The part of a ``DraftTree`` that is read here."""
+
+    @property
+    def parents(self) -> tuple[int, ...]: ...
+    @property
+    def confidence(self) -> tuple[float, ...]: ...
+    @property
+    def margin(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +89,23 @@ def shape_of(parents: tuple[int, ...], num_slots: int) -> Shape:
     return Shape(deepest, np.array(slots, np.int64), len(seen) == len(parents) and parents == tuple(range(-1, len(parents) - 1)))
 
 
-def gather(trees: Sequence[DraftTree], names: Sequence[str], num_slots: int) -> Nodes:
+def gather(trees: Sequence[Drafted], names: Sequence[str], num_slots: int) -> Nodes:
     """The drafts with the signals ``names``: ``confidence`` as a logit, ``margin`` as it is."""
     parents = [tree.parents for tree in trees]
     if parents.count(parents[0]) == len(parents) and (shape := shape_of(parents[0], num_slots)).is_chain:
         size = (len(trees), len(parents[0]))
-        return Nodes(tuple(_signal(trees, name).reshape(size) for name in names), shape.slots, None, None)
+        signals = tuple(_signal(trees, name, size[0] * size[1]).reshape(size) for name in names)
+        return Nodes(signals, shape.slots, None, None)
     return _gather_uneven(trees, names, num_slots)
 
 
-def _gather_uneven(trees: Sequence[DraftTree], names: Sequence[str], num_slots: int) -> Nodes:
+def _gather_uneven(trees: Sequence[Drafted], names: Sequence[str], num_slots: int) -> Nodes:
     """Drafts of different shapes."""
     shapes = [shape_of(tree.parents, num_slots) for tree in trees]
     lengths = np.array([len(shape.slots) for shape in shapes])
     is_node = np.arange(lengths.max()) < lengths[:, None]
-    signals = tuple(_spread(_signal(trees, name), is_node, 0.0) for name in names)
+    count = int(lengths.sum())
+    signals = tuple(_spread(_signal(trees, name, count), is_node, 0.0) for name in names)
     slots = _spread(np.concatenate([shape.slots for shape in shapes]), is_node, 0)
     if all(shape.is_chain for shape in shapes):
         return Nodes(signals, slots, None, is_node)
@@ -126,7 +137,7 @@ def outcomes_of(parents: tuple[int, ...], num_verified: int, accepted: Sequence[
     """
     path = {-1, *accepted}
     count = num_verified
-    if is_cut:
+    if is_cut and accepted:
         after = [node for node in range(num_verified) if parents[node] == accepted[-1]]
         count = min([num_verified, *after])
     shape = shape_of(parents, num_slots)
@@ -135,12 +146,14 @@ def outcomes_of(parents: tuple[int, ...], num_verified: int, accepted: Sequence[
     return Outcomes(count, shape.depths[:count], shape.slots[:count], is_tried, stood)
 
 
-def _signal(trees: Sequence[DraftTree], name: str) -> Floats:
-    """A signal of all nodes of all trees, in order: finite whatever the drafter says, 0 for a margin that it does not give."""
+def _signal(trees: Sequence[Drafted], name: str, count: int) -> Floats:
+    """A signal of all ``count`` nodes of all trees, in order: finite whatever the drafter says, 0 for a margin that it does not give."""
     values: list[float] = []
     if name == "margin":
         for tree in trees:
-            values += tree.margin or (0.0,) * len(tree.tokens)
+            values += tree.margin
+        if len(values) != count:
+            values = [value for tree in trees for value in tree.margin or (0.0,) * len(tree.parents)]
         return np.fmin(np.fmax(_floats(values), -MAX_MARGIN), MAX_MARGIN)  # a NaN becomes the bound
     for tree in trees:
         values += tree.confidence

@@ -23,7 +23,7 @@ import numpy as np
 from dspark.types import DraftSignals, DraftTree
 from dspark.workers.verifier.acceptance_models import AcceptanceModel, OnlineLogistic, RunningRate
 from dspark.workers.verifier.counters import MAX_POSITIONS
-from dspark.workers.verifier.draft_nodes import Bools, Floats, Ints, Nodes, Outcomes, along_branches, gather, outcomes_of, shape_of
+from dspark.workers.verifier.draft_nodes import Bools, Floats, Ints, Nodes, along_branches, gather, outcomes_of, shape_of
 from dspark.workers.verifier.reliability import Reliability
 
 ROUNDS_A_REFIT = 64
@@ -56,10 +56,14 @@ class SurvivalReport:
 
 
 class _Round(NamedTuple):
-    """A judged draft, without its laws (which may be large), and what it shows."""
+    """A judged draft, without its laws (which may be large), and how it fared."""
 
-    tree: DraftTree
-    shown: Outcomes
+    parents: tuple[int, ...]
+    confidence: tuple[float, ...]
+    margin: tuple[float, ...]
+    num_verified: int
+    accepted: Sequence[int]
+    is_cut: bool
 
 
 class SurvivalEstimator:
@@ -88,9 +92,7 @@ class SurvivalEstimator:
 
         A draft that was trimmed away whole is worth noting, too. ``is_cut``: the request ended with the last accepted node.
         """
-        shown = outcomes_of(tree.parents, num_verified, accepted, is_cut and bool(accepted), self._num_slots)
-        bare = DraftTree(tree.request_id, tree.base_len, tree.tokens, tree.parents, tree.confidence, None, tree.margin)
-        self._rounds.append(_Round(bare, shown))
+        self._rounds.append(_Round(tree.parents, tree.confidence, tree.margin, num_verified, accepted, is_cut))
 
     def learn(self) -> None:
         """Take in the rounds noted, once they are enough; call it once a step."""
@@ -104,14 +106,16 @@ class SurvivalEstimator:
 
     def _survival(self, nodes: Nodes, num_trees: int) -> Floats:
         conditional = self._model.probability(nodes.signals, nodes.slots)
-        found = along_branches(np.broadcast_to(conditional, (num_trees, conditional.shape[-1])), nodes.parents)
+        if conditional.ndim == 1:
+            conditional = np.broadcast_to(conditional, (num_trees, len(conditional)))
+        found = along_branches(conditional, nodes.parents)
         return found if nodes.is_node is None else np.where(nodes.is_node, found, 0.0)
 
     def _learn(self, rounds: Sequence[_Round]) -> None:
         """Score what would be predicted now of rounds that were not learnt from, then learn from them."""
-        trees, shown = zip(*rounds, strict=True)
-        nodes = gather(trees, SIGNALS[self.name], self._num_slots)
-        predicted = self._survival(nodes, len(trees))
+        shown = [outcomes_of(r.parents, r.num_verified, r.accepted, r.is_cut, self._num_slots) for r in rounds]
+        nodes = gather(rounds, SIGNALS[self.name], self._num_slots)
+        predicted = self._survival(nodes, len(rounds))
         is_shown = np.arange(predicted.shape[1]) < np.array([one.count for one in shown])[:, None]
         stood = np.concatenate([one.stood for one in shown])
         self._reliability.add(np.concatenate([one.depths for one in shown]), predicted[is_shown], stood)
@@ -120,12 +124,12 @@ class SurvivalEstimator:
         signals = [one[is_shown][is_tried] for one in nodes.signals]
         self._model.learn(signals, slots[is_tried], stood[is_tried])
         self._acceptance.learn((), slots[is_tried], stood[is_tried])
-        self._model.relax(self._starved(trees, slots))
+        self._model.relax(self._starved(rounds, slots))
 
-    def _starved(self, trees: Sequence[DraftTree], slots: Ints) -> Bools:
+    def _starved(self, rounds: Sequence[_Round], slots: Ints) -> Bools:
         """The slots that were drafted and never verified; ``slots`` are those of verified nodes."""
         starved = np.zeros(self._num_slots, np.bool_)
-        for parents in {tree.parents for tree in trees}:
+        for parents in {one.parents for one in rounds}:
             starved[shape_of(parents, self._num_slots).slots] = True
         starved[slots] = False
         return starved

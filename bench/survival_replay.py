@@ -33,7 +33,7 @@ GROUP = 64  # rounds that compete for a budget
 BUDGETS = (1, 2)  # drafted tokens verified a round, on average
 MIN_ROUNDS = 4 * GROUP
 COLUMNS = [
-    Column("estimator", 14, is_text=True),
+    Column("estimator", 15, is_text=True),
     Column("trim", 5),
     Column("rounds", 7),
     Column("AUC token", 9),
@@ -87,7 +87,8 @@ class ReplayRecord:
 def run_replay(plan: ReplayPlan, llm: Any, encode: Callable[[str], list[int]], out: TextIO | None) -> None:
     """Serve, replay, print a table, append JSON lines to ``out``. ConfigError if too few drafts were judged."""
     machine, commit = describe_machine(llm.config.dtype), source_commit()
-    print(f"{machine}; {commit}; drafter {llm.config.drafter}")
+    drafter = Path(llm.config.drafter).name
+    print(f"{machine}; {commit}; drafter {drafter}")
     judged = serve(plan, llm, encode)
     if len(judged) < MIN_ROUNDS:
         raise ConfigError(f"only {len(judged)} drafts were judged, and {MIN_ROUNDS} are needed: raise --requests or --max-tokens")
@@ -97,9 +98,9 @@ def run_replay(plan: ReplayPlan, llm: Any, encode: Callable[[str], list[int]], o
     for name in names:
         for trim in plan.trims if "unlearnt" not in name else (0.0,):
             predicted = replay(judged, name, llm.engine.drafter.block_size, signals, trim, plan.concurrency)
-            record = ReplayRecord(name, trim, len(judged), *score(judged, predicted), llm.config.drafter, machine, commit)
-            accepted = (record.accepted[budget] for budget in BUDGETS)
-            table.row(name, trim, record.rounds, record.auc_token, record.auc_survival, 100 * record.ece, *accepted)
+            record = ReplayRecord(name, trim, len(judged), *score(judged, predicted), drafter, machine, commit)
+            quality = (f"{value:.3f}" for value in (record.auc_token, record.auc_survival))
+            table.row(name, trim, record.rounds, *quality, 100 * record.ece, *(f"{record.accepted[budget]:.3f}" for budget in BUDGETS))
             if out is not None:
                 print(json.dumps(dataclasses.asdict(record)), file=out, flush=True)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dspark.kernels.buckets import padded_size
-from dspark.kernels.paged_attention import AttentionRow, PagedBatch
+from dspark.kernels.paged_attention import AttentionRow
 from dspark.types import PlanRow, VerifyPlan
-from dspark.workers.verifier.attention import KVStore, PagedStep, embedding_hook, tap_hook
 from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.verifier.forward import Forward, StepInput
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.tree import depths, visible
@@ -34,24 +34,17 @@ class StepResult:
 
 
 class Runner:
-    """Owns the KV pools; turns a plan into tensors and runs the model."""
+    """Turns a plan into the flat token axis and runs the model on it."""
 
     def __init__(self, target: Target, pool: BlockPool, taps: tuple[int, ...]) -> None:
         self.target = target
         self.pool = pool
         self.taps = taps
-        self.store = KVStore(target.layers, pool.num_blocks, pool.block_size, torch.empty(0, dtype=target.dtype, device=target.device))
-        layers = target.decoder_layers()
-        for tap in taps:
-            if tap == -1:
-                layers[0].register_forward_pre_hook(embedding_hook, with_kwargs=True)
-            else:
-                layers[tap].register_forward_hook(tap_hook(tap), with_kwargs=True)
+        self._model = Forward(target, pool.num_blocks, pool.block_size, taps)
+        self.store = self._model.store
 
-    @torch.inference_mode()
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""
-        device = self.target.device
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -80,18 +73,10 @@ class Runner:
                 ids.extend(draft.tokens)
                 positions.extend(begin + row.num_known + depth for depth in depths(parents))
             slots.extend(self._slots(table, begin, end))
-        padding = plan.token_bucket - len(ids)
-        spare = padded_size(len(wanted), device, self.target.dtype) - len(wanted)
-        step = PagedStep(self.store, PagedBatch.plan(rows, self.pool.block_size, device), torch.tensor(slots, device=device))
-        output = self.target.model(
-            torch.tensor([ids + [0] * padding], device=device),
-            position_ids=torch.tensor([positions + [0] * padding], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted + [0] * spare, dtype=torch.int64, device=device),
-            step=step,
-        )
-        taps = torch.cat([step.taps[tap][: len(ids)] for tap in self.taps], dim=-1) if self.taps else None
-        return StepResult(output.logits[0, : len(wanted)], first_row, num_scored, taps)
+        spare = padded_size(len(wanted), self.target.device, self.target.dtype) - len(wanted)
+        inputs = StepInput(ids, positions, slots, rows, wanted + [0] * spare, plan.token_bucket - len(ids))
+        logits, taps = self._model.run(inputs)
+        return StepResult(logits[: len(wanted)], first_row, num_scored, taps)
 
     def keep_paths(self, plan: VerifyPlan, verdicts: Mapping[str, Verdict]) -> None:
         """Move the KV of accepted nodes to the positions that their tokens are committed to, wherever it is not there already.

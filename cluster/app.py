@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from dspark.cluster.ingress import Router
+from dspark.cluster.ranks import bundles
 from dspark.cluster.verifier import Loader, Verifier, load_verifier
 from dspark.config import ServeConfig
 from dspark.config_file import validate
@@ -42,10 +43,12 @@ def assemble(config: ServeConfig, loader: Loader = load_verifier) -> Application
         "health_check_period_s": 5.0,
         "logging_config": QUIET,
     }
+    gpus = _gpus(config.engine.device)
     verifier = serve.deployment(
         name="Verifier",
         num_replicas=config.num_verifiers,
-        ray_actor_options={"num_cpus": 0, "num_gpus": _gpus(config.engine.device)},
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
+        **bundles(config.engine.num_ranks, gpus),
         graceful_shutdown_timeout_s=config.drain_s + LEEWAY_S,
         graceful_shutdown_wait_loop_s=0.1,
         **shared,
@@ -63,7 +66,7 @@ def assemble(config: ServeConfig, loader: Loader = load_verifier) -> Application
 
 
 def _gpus(device: str) -> float:
-    """GPUs a verifier asks Ray for. ``auto`` takes one if the cluster has any."""
+    """GPUs each rank of a verifier asks Ray for. ``auto`` takes one if the cluster has any."""
     if device.startswith("cuda:"):
         raise ConfigError(f"engine.device {device}: Ray gives each verifier a GPU; say cuda, and choose GPUs with CUDA_VISIBLE_DEVICES")
     if device == "auto":

@@ -23,6 +23,7 @@ from ray.experimental import internal_kv
 import dspark
 from dspark.cluster.fleet import ReplicaFacts
 from dspark.cluster.logs import join_serve_logs
+from dspark.cluster.ranks import ActorLauncher
 from dspark.config import EngineConfig, ServeConfig
 from dspark.errors import DSparkError, WorkerLost
 from dspark.workers.wire.codec import PROTOCOL
@@ -65,7 +66,8 @@ def load_verifier(config: EngineConfig, progress: Callable[[str], None]) -> Read
     from dspark.workers.own_thread import call_in_own_thread
     from dspark.workers.verifier.host import EngineHost
 
-    loaded = call_in_own_thread(lambda: load_engine(config, progress))
+    launcher = ActorLauncher() if config.num_ranks > 1 else None
+    loaded = call_in_own_thread(lambda: load_engine(config, progress, launcher))
     return Ready(EngineHost(loaded.engine), loaded.model_name, loaded.engine.options.max_model_len, loaded.describe)
 
 

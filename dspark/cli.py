@@ -171,10 +171,11 @@ def _add_config(parser: argparse.ArgumentParser, wanted: Sequence[Key]) -> None:
     group.add_argument("--config", type=Path, metavar="FILE", help="YAML or TOML file")
     for key in wanted:
         text = f"{key.field.description} ({_default(key)}{key.variable})".replace("%", "%%")
+        flags = [flag for flag in (key.flag, key.short_flag) if flag is not None]
         if key.is_bool:
-            group.add_argument(key.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=key.path, help=text)
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=key.path, help=text)
         else:
-            group.add_argument(key.flag, default=argparse.SUPPRESS, dest=key.path, metavar=_metavar(key), help=text)
+            group.add_argument(*flags, default=argparse.SUPPRESS, dest=key.path, metavar=_metavar(key), help=text)
 
 
 def _default(key: Key) -> str:

@@ -41,7 +41,26 @@ class EngineConfig(BaseModel):
     )
     profile: bool = Field(default=True, description="measure the step-cost table at start; without it adaptive never trims")
     profile_cache: bool = Field(default=True, description="keep the step-cost table in the cache folder and use it at the next start")
-    threads: int | None = Field(default=None, ge=1, description="CPU threads for tensor work; None: torch's default")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads for tensor work, of each rank; None: torch's default")
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="T: the engine runs on T x E ranks, which split its heads and MLPs; each expert is split T ways",
+        json_schema_extra={"short_flag": "-tp"},
+    )
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="E: groups of T ranks, which a mixture's experts are spread over",
+        json_schema_extra={"short_flag": "-ep"},
+    )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that one engine runs in."""
+        return self.tensor_parallel * self.expert_parallel
 
     @field_validator("speculation", mode="before")
     @classmethod

@@ -51,6 +51,11 @@ class Key:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def short_flag(self) -> str | None:
+        extra = self.field.json_schema_extra
+        return str(extra["short_flag"]) if isinstance(extra, dict) and "short_flag" in extra else None
+
+    @property
     def is_bool(self) -> bool:
         return self.field.annotation is bool
 

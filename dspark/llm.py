@@ -146,7 +146,8 @@ class LLM:
         (``dspark.workers.own_thread``): whoever uses several in turns lets the others rest.
         """
         self._check_open()
-        self._finalizer()
+        self._finalizer.detach()
+        self._host.stop()
         self._open(self._loaded)
 
     def __enter__(self) -> LLM:

@@ -6,7 +6,6 @@ The only place where the verifier and the drafter rooms meet.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,11 @@ from dspark.workers.verifier.cost_cache import save as save_costs
 from dspark.workers.verifier.costs import CostTable
 from dspark.workers.verifier.engine import Engine, EngineOptions
 from dspark.workers.verifier.fused import fuse
+from dspark.workers.verifier.memory import free_bytes, kv_capacity
+from dspark.workers.verifier.parallel.leader import Launcher, Ranks
+from dspark.workers.verifier.parallel.loading import check_splits, loads_at_once
+from dspark.workers.verifier.parallel.processes import ProcessLauncher
+from dspark.workers.verifier.parallel.spec import RankSpec
 from dspark.workers.verifier.profile import describe as describe_costs
 from dspark.workers.verifier.profile import measure_costs, still_holds
 from dspark.workers.verifier.scheduler import Limits
@@ -38,8 +42,6 @@ from dspark.workers.verifier.survival import make_estimator
 from dspark.workers.verifier.targets import Target, as_target, check_faithful, check_model_folder, load_model, load_tokenizer, own_logits
 
 Progress = Callable[[str], None]
-KV_SHARE = {"cpu": 0.15, "cuda": 0.7}  # of the memory that is free after loading the weights
-MAX_CPU_KV_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +55,66 @@ class Loaded:
     describe: dict[str, Any]
 
 
-def load_engine(config: EngineConfig, progress: Progress = lambda _: None) -> Loaded:
-    """Build an engine; ConfigError names the setting that cannot work."""
+def load_engine(config: EngineConfig, progress: Progress = lambda _: None, launcher: Launcher | None = None) -> Loaded:
+    """Build an engine; ConfigError names the setting that cannot work. The engine must be closed.
+
+    With ``tensor_parallel`` or ``expert_parallel`` over 1 this process is the leader, and ``launcher`` starts the other
+    ranks (None: as processes beside this one).
+    """
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = config.model or str(prepare(default_cache(), progress))
     check_model_folder(folder)
-    progress(f"loading {config.model or DEFAULT_MODEL_NAME} as {str(dtype).removeprefix('torch.')} on {device}")
-    target = as_target(load_model(folder, dtype, device, config.revision), config.model or DEFAULT_MODEL_NAME)
-    reference = own_logits(target)
+    shown = f"loading {config.model or DEFAULT_MODEL_NAME} as {_name(dtype)} on {device}"
+    if config.num_ranks > 1:
+        progress(f"{shown}, on {config.num_ranks} ranks (tensor {config.tensor_parallel} x expert {config.expert_parallel})")
+        return _load_parallel(config, _leader_spec(config, folder, dtype, device), launcher or ProcessLauncher(), progress)
+    progress(shown)
+    model = load_model(folder, dtype, device, config.revision)
+    target = as_target(model, config.model or DEFAULT_MODEL_NAME)
+    reference = own_logits(model)
     if fuse(target):
         check_faithful(target, reference)
-    tokenizer = load_tokenizer(folder, config.revision)
-    return assemble(target, tokenizer, config, progress)
+    return assemble(target, load_tokenizer(folder, config.revision), config, progress)
+
+
+def _leader_spec(config: EngineConfig, folder: str, dtype: torch.dtype, device: torch.device) -> RankSpec:
+    """Rank 0 of a parallel engine; where its store listens is decided when that is opened."""
+    if device.index is not None:
+        raise ConfigError(f"device {device}: parallel ranks take the GPUs that are visible, one each; say cuda")
+    check_splits(folder, config.revision, config.tensor_parallel, config.expert_parallel)
+    threads = config.threads or max(1, torch.get_num_threads() // (config.num_ranks if device.type == "cpu" else 1))
+    torch.set_num_threads(threads)
+    return RankSpec(
+        rank=0,
+        tensor=config.tensor_parallel,
+        expert=config.expert_parallel,
+        host="",
+        port=0,
+        model=folder,
+        name=config.model or DEFAULT_MODEL_NAME,
+        revision=config.revision,
+        dtype=_name(dtype),
+        device=str(device),
+        threads=threads,
+        kv_tokens=config.kv_tokens,
+        loads_at_once=loads_at_once(folder, free_bytes(torch.device("cpu"))),
+    )
+
+
+def _load_parallel(config: EngineConfig, spec: RankSpec, launcher: Launcher, progress: Progress) -> Loaded:
+    """An engine whose target is spread over ranks; they end with it, or with an error here."""
+    ranks = Ranks(spec, launcher)
+    with ranks.loading():
+        target = ranks.load_target()
+        return assemble(target, load_tokenizer(spec.model, spec.revision), config, progress)
 
 
 def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Progress = lambda _: None) -> Loaded:
     """An engine around a loaded target."""
-    kv_tokens = _kv_tokens(config, target)
+    kv_tokens = kv_capacity(config.kv_tokens, target) if target.ranks is None else target.ranks.agree_on_kv(target)
     max_model_len = _max_model_len(config, target, kv_tokens)
     pool = BlockPool(kv_tokens // BLOCK_SIZE)
     drafter, drafter_name = _drafter(config, target, pool)
@@ -98,7 +140,7 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
             "drafter": drafter_name,
             "driver": driver,
             "survival": survival,
-            "dtype": str(target.dtype).removeprefix("torch."),
+            "dtype": _name(target.dtype),
             "device": str(target.device),
             "max_model_len": max_model_len,
             "kv_tokens": kv_tokens,
@@ -112,8 +154,11 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
 def measure_profile(config: EngineConfig, progress: Progress = lambda _: None) -> dict[str, Any]:
     """Measure the step-cost table of this configuration and keep it for later starts; its fields as plain values."""
     loaded = load_engine(config.model_copy(update={"profile": False}), progress)
-    table = measure_costs(loaded.engine, progress)
-    _keep(table, _fingerprint(loaded.engine, config, loaded.config.drafter), progress)
+    try:
+        table = measure_costs(loaded.engine, progress)
+        _keep(table, _fingerprint(loaded.engine, config, loaded.config.drafter), progress)
+    finally:
+        loaded.engine.close()
     return dataclasses.asdict(table)
 
 
@@ -153,6 +198,7 @@ def _fingerprint(engine: Engine, config: EngineConfig, drafter_name: str) -> str
         "dtype": str(target.dtype),
         "device": device_name(target.device),
         "threads": torch.get_num_threads(),
+        "ranks": [config.tensor_parallel, config.expert_parallel],
         "drafter": [Path(drafter_name).name, drafter.block_size, getattr(getattr(drafter, "module", None), "config", None)],
         "limits": [engine.options.limits.max_num_seqs, engine.options.limits.max_batch_tokens, config.draft_law_width],
     }
@@ -165,10 +211,10 @@ def _describe(engine: Engine, config: EngineConfig) -> dict[str, Any]:
     return {
         **config.model_dump(),
         "architecture": type(target.model).__name__,
-        "parameters": sum(p.numel() for p in target.model.parameters()),
+        "parameters": target.num_parameters,
         "draft_block_size": engine.drafter.block_size,
         "kv_capacity_tokens": tokens,
-        "kv_capacity_bytes": tokens * target.kv_bytes_per_token,
+        "kv_capacity_bytes": tokens * target.kv_bytes_per_token * config.num_ranks,
         "kv_capacity_requests": tokens // engine.options.max_model_len,
     }
 
@@ -192,28 +238,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
-def _kv_tokens(config: EngineConfig, target: Target) -> int:
-    """Size of the KV pool in tokens, a multiple of the block size."""
-    per_token = target.kv_bytes_per_token
-    free = _free_bytes(target.device)
-    if config.kv_tokens is None:
-        share = KV_SHARE[target.device.type] * free
-        room = min(share, MAX_CPU_KV_BYTES) if target.device.type == "cpu" else share
-        wanted = max(int(room / per_token), 64)
-    else:
-        wanted = config.kv_tokens
-    if wanted * per_token > free:
-        raise ConfigError(
-            f"kv_tokens {wanted} takes {wanted * per_token / 2**30:.2f} GiB ({per_token} bytes a token),"
-            f" but only {free / 2**30:.2f} GiB are free on {target.device}"
-        )
-    return max(wanted // BLOCK_SIZE, 2) * BLOCK_SIZE
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _max_model_len(config: EngineConfig, target: Target, kv_tokens: int) -> int:

@@ -131,6 +131,16 @@ class Engine:
         """What estimates the survival of drafts, and learns it from every judged one."""
         return self.drafts.survival
 
+    @property
+    def lost(self) -> str | None:
+        """Why this engine can serve no more; None while it can."""
+        return None if self.target.ranks is None else self.target.ranks.lost
+
+    def close(self) -> None:
+        """End what the engine has started besides itself; it must not step any more. Closing twice is fine."""
+        if self.target.ranks is not None:
+            self.target.ranks.close()
+
     def set_costs(self, costs: CostTable) -> None:
         """Let adaptive speculation trim by this table; without one it verifies every draft."""
         most = self.options.limits.max_batch_tokens
@@ -192,6 +202,7 @@ class Engine:
             return []
         result = self.runner.forward(plan, self.sequences)
         verdicts = self._judge(plan, result)
+        self.target.check()
         self.runner.keep_paths(plan, verdicts)
         times.judged_s = self.clock()
         record = self._record(plan, times, verdicts)

@@ -59,3 +59,9 @@ class Forward:
         )
         taps = torch.cat([step.taps[tap][: len(inputs.ids)] for tap in self.taps], dim=-1) if self.taps else None
         return output.logits[0], taps
+
+    @torch.inference_mode()
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Copy the KV of slots to other slots."""
+        device = self.target.device
+        self.store.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.workers.verifier.attention import QKV, AttentionStep
+from dspark.workers.verifier.parallel.sharding import RowParallel
 from dspark.workers.verifier.targets import Target
 
 FUSABLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer"}
@@ -43,9 +44,9 @@ class FusedLayer(nn.Module):
         """``position_embeddings``: cos and sin [1, T, head_dim]."""
         hidden = hidden_states[0]
         attended = self._attend(_norm(self.input_norm, hidden), position_embeddings, step)
-        hidden = hidden + F.linear(attended, self.o_proj.weight, self.o_proj.bias)
+        hidden = hidden + self.o_proj(attended)
         gate, up = F.linear(_norm(self.post_norm, hidden), *self.gate_up).chunk(2, dim=-1)
-        return (hidden + F.linear(F.silu(gate) * up, self.down_proj.weight, self.down_proj.bias)).unsqueeze(0)
+        return (hidden + self.down_proj(F.silu(gate) * up)).unsqueeze(0)
 
     def _attend(self, normed: Tensor, rotary: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
         tokens, rotated = normed.shape[0], self.heads + self.kv_heads
@@ -71,10 +72,10 @@ def fuse(target: Target) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Ordinary linear layers and SiLU: nothing quantised, sharded or adapted."""
+    """Ordinary linear layers or shares of them, and SiLU: nothing quantised or adapted."""
     attention, mlp = layer.self_attn, layer.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return all(type(linear) is nn.Linear for linear in linears) and "silu" in type(mlp.act_fn).__name__.lower()
+    return all(type(linear) in (nn.Linear, RowParallel) for linear in linears) and "silu" in type(mlp.act_fn).__name__.lower()
 
 
 def _window(attention: Any) -> int | None:

@@ -69,7 +69,7 @@ class EngineHost:
 
     def is_healthy(self) -> bool:
         """Whether work, if there is any, moves forward."""
-        if self._failure is not None or not self._thread.is_alive():
+        if self._failure is not None or self.engine.lost is not None or not self._thread.is_alive():
             return False
         return not self._sinks or time.monotonic() - self._last_progress < self.stall_s
 
@@ -121,6 +121,7 @@ class EngineHost:
             **{f'verified_window_total{{drafts="{k}"}}': count for k, count in enumerate(counters.windows)},
             **counters.accepted_by_position(),
             **engine.survival.stats(),
+            **(engine.target.ranks.stats() if engine.target.ranks is not None else {}),
         }
 
     def drain(self, timeout_s: float) -> bool:
@@ -135,7 +136,12 @@ class EngineHost:
         return True
 
     def close(self) -> None:
-        """Stop the thread; requests that still run end with ``abort``."""
+        """Stop for good, the engine too; requests that still run end with ``abort``."""
+        self.stop()
+        self.engine.close()
+
+    def stop(self) -> None:
+        """Stop the thread; requests that still run end with ``abort``. The engine can go on under another host."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -145,6 +151,8 @@ class EngineHost:
     def _check_open(self) -> None:
         if self._failure is not None:
             raise WorkerLost(f"the engine failed: {self._failure}")
+        if self.engine.lost is not None:
+            raise WorkerLost(self.engine.lost)
         if self._closing or self._draining:
             raise WorkerLost("this replica is shutting down")
 

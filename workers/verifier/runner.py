@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dspark.kernels.buckets import padded_size
@@ -75,7 +75,8 @@ class Runner:
             slots.extend(self._slots(table, begin, end))
         spare = padded_size(len(wanted), self.target.device, self.target.dtype) - len(wanted)
         inputs = StepInput(ids, positions, slots, rows, wanted + [0] * spare, plan.token_bucket - len(ids))
-        logits, taps = self._model.run(inputs)
+        with nullcontext() if self.target.ranks is None else self.target.ranks.step(inputs):
+            logits, taps = self._model.run(inputs)
         return StepResult(logits[: len(wanted)], first_row, num_scored, taps)
 
     def keep_paths(self, plan: VerifyPlan, verdicts: Mapping[str, Verdict]) -> None:
@@ -94,9 +95,11 @@ class Runner:
                 if node != depth:
                     sources += self._slots(table, base + node, base + node + 1)
                     targets += self._slots(table, base + depth, base + depth + 1)
-        if sources:
-            device = self.target.device
-            self.store.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
+        if not sources:
+            return
+        if self.target.ranks is not None:
+            self.target.ranks.move(sources, targets)
+        self._model.move(sources, targets)
 
     def _slots(self, table: object, begin: int, end: int) -> list[int]:
         size = self.pool.block_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from dspark.errors import ConfigError
 from dspark.kernels.paged_attention import AttentionRow, PagedBatch
 from dspark.workers.verifier.attention import ATTENTION_NAME, KVStore, LayerShape, PagedStep, ProbeStep, register
 
+if TYPE_CHECKING:
+    from dspark.workers.verifier.parallel.leader import Ranks
+
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 CHECK_LENGTH = 24
 # worst median relative error of a row's logits; bf16 rows differ by batch shape alone (3 decimal digits)
@@ -28,7 +31,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 3e-2}
 
 @dataclass(slots=True)
 class Target:
-    """A loaded model, ready for ``Runner``."""
+    """A loaded model, ready for ``Runner``; with ``ranks``, the leader's share of one."""
 
     model: PreTrainedModel
     name: str
@@ -40,10 +43,17 @@ class Target:
     eos_ids: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    num_parameters: int  # of the whole model
+    ranks: Ranks | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
         return KVStore.bytes_per_token(self.layers, self.dtype.itemsize)
+
+    def check(self) -> None:
+        """WorkerLost if a rank was lost. Ask before results of a step are used: on a GPU they may be garbage."""
+        if self.ranks is not None:
+            self.ranks.check()
 
     def decoder_layers(self) -> nn.ModuleList:
         """The layers that taps read, in order."""
@@ -73,11 +83,10 @@ def check_model_folder(name: str) -> None:
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:
     """Load a causal LM from a folder or the hub with our attention; never runs code from the checkpoint."""
-    check_model_folder(name)
+    config = load_config(name, revision)
+    check_architecture(config)
     register()
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        check_architecture(config)
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, revision=revision, attn_implementation=ATTENTION_NAME, use_safetensors=True
         )
@@ -88,10 +97,24 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, revision: st
     return placed
 
 
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The configuration of a model in a folder or on the hub."""
+    check_model_folder(name)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model {name!r} cannot be loaded: {error}") from error
+
+
+def architecture(config: Any) -> str:
+    """What a configuration calls its model."""
+    return (getattr(config, "architectures", None) or [config.model_type])[0]  # type: ignore[no-any-return]
+
+
 def check_architecture(config: Any) -> None:
     """Refuse families whose state is more than KV addressed by position."""
     text = config.get_text_config(decoder=True)
-    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    name = architecture(config)
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder model; only decoder-only models are served")
     other = set(getattr(text, "layer_types", None) or ()) - SERVED_LAYER_TYPES
@@ -127,8 +150,9 @@ def as_target(model: PreTrainedModel, name: str) -> Target:
         eos_ids=eos_ids(model),
         dtype=model.dtype,
         device=model.device,
+        num_parameters=sum(p.numel() for p in model.parameters()),
     )
-    check_faithful(target, own_logits(target))
+    check_faithful(target, own_logits(model))
     return target
 
 
@@ -164,29 +188,30 @@ def probe_layers(model: PreTrainedModel) -> dict[int, LayerShape]:
     return layers
 
 
-def _check_input(target: Target) -> tuple[Tensor, Tensor]:
+def _check_input(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Token ids and positions [1, CHECK_LENGTH] of the self-check."""
-    ids = torch.randint(0, target.vocab_size, (1, CHECK_LENGTH), generator=torch.Generator().manual_seed(0))
-    return ids.to(target.device), torch.arange(CHECK_LENGTH, device=target.device).unsqueeze(0)
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(0, vocab_size, (1, CHECK_LENGTH), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device), torch.arange(CHECK_LENGTH, device=model.device).unsqueeze(0)
 
 
 @torch.inference_mode()
-def own_logits(target: Target) -> Tensor:
+def own_logits(model: PreTrainedModel) -> Tensor:
     """Logits [CHECK_LENGTH, V] of the self-check through the model's own attention."""
-    ids, positions = _check_input(target)
-    target.model.set_attn_implementation("eager")
+    ids, positions = _check_input(model)
+    model.set_attn_implementation("eager")
     try:
-        logits: Tensor = target.model(ids, position_ids=positions, use_cache=False).logits[0].float()
+        logits: Tensor = model(ids, position_ids=positions, use_cache=False).logits[0].float()
     finally:
-        target.model.set_attn_implementation(ATTENTION_NAME)
+        model.set_attn_implementation(ATTENTION_NAME)
     return logits
 
 
 @torch.inference_mode()
-def check_faithful(target: Target, expected: Tensor) -> None:
-    """Compare logits of two chunks through paged attention with the model's own; ConfigError if they differ."""
+def paged_logits(target: Target) -> Tensor:
+    """Logits [CHECK_LENGTH, V] of the self-check in two chunks through paged attention."""
     model, length = target.model, CHECK_LENGTH
-    ids, positions = _check_input(target)
+    ids, positions = _check_input(model)
     store = KVStore(target.layers, 2, 16, torch.empty(0, dtype=target.dtype, device=target.device))
     parts = []
     for begin, end in ((0, length // 2), (length // 2, length)):
@@ -196,10 +221,15 @@ def check_faithful(target: Target, expected: Tensor) -> None:
             slots=(torch.arange(begin, end, device=target.device) + 16) % 32,
         )
         parts.append(model(ids[:, begin:end], position_ids=positions[:, begin:end], use_cache=False, step=step).logits[0].float())
-    error = _relative_error(torch.cat(parts), expected)
+    return torch.cat(parts)
+
+
+def check_faithful(target: Target, expected: Tensor) -> None:
+    """Compare the logits through paged attention with the model's own; ConfigError if they differ."""
+    error = _relative_error(paged_logits(target), expected)
     if not error <= TOLERANCE[target.dtype]:
         raise ConfigError(
-            f"{type(model).__name__} cannot be served: its logits through paged attention differ from its own by {error:.2g}"
+            f"{type(target.model).__name__} cannot be served: its logits through paged attention differ from its own by {error:.2g}"
             f" (relative, allowed {TOLERANCE[target.dtype]:g})"
         )
 

@@ -27,7 +27,7 @@ MAX_CLASS_CHARS = 64
 MAX_PROMPT_TOKENS: Final = 2**20
 MAX_CANCELS: Final = 4096
 MAX_DIGEST: Final = 65536
-MAX_STATS: Final = 512
+MAX_STATS: Final = 2048  # a verifier tells the load of each of its experts
 TOKEN_LIMIT: Final = 2**31
 
 _ERRORS: Final[Mapping[str, type[DSparkError]]] = {

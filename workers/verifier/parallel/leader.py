@@ -1,0 +1,188 @@
+"""The leader's hold on the other ranks: start them, announce steps to them, and notice at once when one is gone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from dspark.errors import ConfigError, WorkerLost
+from dspark.workers.verifier.blocks import BLOCK_SIZE
+from dspark.workers.verifier.forward import StepInput
+from dspark.workers.verifier.parallel.group import RankGroup
+from dspark.workers.verifier.parallel.layout import Layout
+from dspark.workers.verifier.parallel.loading import agree_on_kv, here_key, load_share, open_store
+from dspark.workers.verifier.parallel.messages import END, encode_move, encode_step
+from dspark.workers.verifier.parallel.sharding import ExpertLoad
+from dspark.workers.verifier.parallel.spec import RankSpec
+from dspark.workers.verifier.targets import Target
+
+POLL_S = 0.1
+STALL_S = 60.0  # a forward that takes longer has met a rank that is stopped or cut off
+END_S = 5.0  # for the others to end by themselves
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A rank that is gone. ``is_refusal``: it refused to load, for a reason that the operator can act on."""
+
+    reason: str
+    is_refusal: bool = False
+
+
+class Started(Protocol):
+    """The processes of the other ranks."""
+
+    def loss(self) -> Loss | None:
+        """Why one of them has ended; None while all run."""
+
+    def end(self, grace_s: float) -> None:
+        """End all of them, after ``grace_s`` by force. More than once is fine."""
+
+
+class Launcher(Protocol):
+    """Where ranks come from. ``host`` is the address under which they find the leader."""
+
+    host: str
+
+    def device(self, kind: str, layout: Layout) -> str:
+        """The device of kind cpu or cuda of a rank, as the process of that rank calls it. ConfigError if there is none."""
+
+    def start(self, specs: Sequence[RankSpec]) -> Started:
+        """Start a process for each of these ranks."""
+
+
+class Ranks:
+    """The other ranks of a parallel target, from their start to their end. ``spec`` is the leader's."""
+
+    def __init__(self, spec: RankSpec, launcher: Launcher, stall_s: float = STALL_S) -> None:
+        self._store, port = open_store(launcher.host)
+        specs = [replace(spec, rank=rank, host=launcher.host, port=port) for rank in range(spec.layout.size)]
+        specs = [replace(one, device=launcher.device(spec.device, one.layout)) for one in specs]
+        self._spec = specs[0]
+        self._stall_s = stall_s
+        self._loss: Loss | None = None
+        self._load: ExpertLoad | None = None
+        self._busy_since: float | None = None
+        self._done: torch.cuda.Event | None = None  # of the last forward, on a GPU
+        self._is_closing = threading.Event()
+        self._started = launcher.start(specs[1:])
+        try:
+            self._meet()
+            self._group = RankGroup(spec.layout, self._store, launcher.host, torch.device(self._spec.device))
+        except BaseException:
+            self._started.end(0.0)
+            raise
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
+        self._watcher.start()
+
+    @property
+    def lost(self) -> str | None:
+        """Why the group is of no use any more; None while it is."""
+        return self._group.lost
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Until this ends, an error ends all ranks; what one of them refused is raised here as ConfigError."""
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            if isinstance(error, WorkerLost) and self._loss is not None and self._loss.is_refusal:
+                raise ConfigError(self._loss.reason) from error
+            raise
+        if self._load is not None:
+            self._load.clear()
+
+    def load_target(self) -> Target:
+        """The leader's share of the target; the others load theirs meanwhile."""
+        target, self._load = load_share(self._spec, self._group, self._store)
+        target.ranks = self
+        return target
+
+    def agree_on_kv(self, target: Target) -> int:
+        """Tokens of KV that every rank has room for."""
+        return agree_on_kv(self._spec, self._group, target)
+
+    @contextmanager
+    def step(self, inputs: StepInput) -> Iterator[None]:
+        """Announce a forward; the leader runs its own inside."""
+        self._done, self._busy_since = None, time.monotonic()
+        if self._load is not None:
+            self._load.num_real = len(inputs.ids)
+        self._group.send(encode_step(inputs, BLOCK_SIZE))
+        yield
+        if self._spec.device.startswith("cuda"):
+            done = torch.cuda.Event()
+            done.record()
+            self._done = done
+        else:
+            self._busy_since = None
+
+    def move(self, sources: list[int], targets: list[int]) -> None:
+        """Announce that KV moves from slots to other slots."""
+        self._group.send(encode_move(sources, targets))
+
+    def check(self) -> None:
+        """WorkerLost if a rank was lost."""
+        self._group.check()
+
+    def stats(self) -> dict[str, float]:
+        """Tokens that chose each expert, and those that each rank's experts worked for, since the engine was loaded."""
+        if self._load is None:
+            return {}
+        tokens = self._load.tokens.tolist()
+        layout = self._spec.layout
+        shares = [sum(tokens[i] for i in replace(layout, rank=rank).experts(len(tokens))) for rank in range(layout.size)]
+        mean = sum(shares) / len(shares)
+        by_expert = {f'expert_tokens_total{{expert="{i}"}}': float(count) for i, count in enumerate(tokens)}
+        by_rank = {f'rank_expert_tokens_total{{rank="{rank}"}}': float(count) for rank, count in enumerate(shares)}
+        return by_expert | by_rank | {"expert_load_imbalance": max(shares) / mean if mean else 1.0}
+
+    def close(self) -> None:
+        """End the other ranks. Closing twice is fine."""
+        if self._is_closing.is_set():
+            return
+        self._is_closing.set()
+        self._watcher.join()
+        if self._group.lost is None and not self._is_busy():
+            try:
+                self._group.send(END)
+            except WorkerLost as lost:
+                log.info("a rank had ended before it was told to: %s", lost)
+        self._started.end(END_S)
+
+    def _meet(self) -> None:
+        """Return when all ranks have reached the store."""
+        keys = [here_key(rank) for rank in range(1, self._spec.layout.size)]
+        while not self._store.check(keys):
+            if (loss := self._started.loss()) is not None:
+                raise ConfigError(loss.reason) if loss.is_refusal else WorkerLost(loss.reason)
+            time.sleep(POLL_S)
+
+    def _is_busy(self) -> bool:
+        """Whether a forward has begun and not ended; one that failed counts as well."""
+        return self._busy_since is not None and (self._done is None or not self._done.query())
+
+    def _watch(self) -> None:
+        while not self._is_closing.wait(POLL_S):
+            loss = self._started.loss() or self._stall()
+            if loss is not None:
+                self._loss = loss
+                self._group.fail(loss.reason)
+                self._started.end(0.0)
+                return
+
+    def _stall(self) -> Loss | None:
+        since = self._busy_since
+        if since is None or not self._is_busy() or time.monotonic() - since < self._stall_s:
+            return None
+        return Loss(f"a forward has not ended in {self._stall_s:g} s: a rank is stopped or cut off")

@@ -116,13 +116,13 @@ def test_an_llm_over_ranks_says_what_one_says(tmp_path: Path, family: str, tenso
     for shape in ((1, 1), (tensor, expert)):
         settings = config(tmp_path, *shape, drafter="ngram").model_dump(exclude_unset=True)
         with LLM(**settings) as llm:
-            texts.append([out.outputs[0].token_ids for out in llm.generate([PROMPT, PROMPT[:9]], params)])
+            texts.append([out.token_ids for out in llm.generate([PROMPT, PROMPT[:9]], params)])
             ranks = llm._loaded.engine.target.ranks
             pids = [] if ranks is None else list(ranks._started.pids.values())  # type: ignore[attr-defined]
             assert len(pids) == shape[0] * shape[1] - 1
             llm.rest()
             assert all(map(is_alive, pids)), "a rest ends threads, not ranks"
-            assert llm.generate(PROMPT, params[0])[0].outputs[0].token_ids == texts[-1][0]
+            assert llm.generate(PROMPT, params[0])[0].token_ids == texts[-1][0]
         wait_for_end(pids, 0.1)
     assert texts[0] == texts[1]
 

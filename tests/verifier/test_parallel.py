@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import families
 from helpers.draft_modules import random_module
+from helpers.drafters import OracleDrafter
 from helpers.engines import FLAT, Result, greedy, make_engine, run, tiny_target
 from helpers.ranks import ThreadLauncher, on_ranks
 
@@ -17,7 +18,7 @@ from dspark.config import EngineConfig
 from dspark.errors import ConfigError
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.sampling import SamplingParams
-from dspark.types import Drafter, Request
+from dspark.types import Drafter, DraftTree, DraftTurn, Request
 from dspark.workers.build import load_engine
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
@@ -172,7 +173,7 @@ def outputs(results: dict[str, Result]) -> dict[str, list[int]]:
         ("none", {"max_batch_tokens": 16}),
         ("ngram", {"costs": FLAT, "num_blocks": 7}),
         ("grafted", {"speculation": "static:3"}),
-        ("grafted", {"costs": FLAT, "num_blocks": 7}),
+        ("grafted", {"costs": FLAT, "num_blocks": 7, "speculation": "tree:6"}),
     ],
 )
 def test_text_is_that_of_one_rank(both: tuple[Target, Target], drafter: str, options: dict[str, Any]) -> None:
@@ -188,6 +189,27 @@ def test_text_is_that_of_one_rank(both: tuple[Target, Target], drafter: str, opt
     assert hit.outcomes[0].num_cached_tokens > 0
     assert engines[1].counters.drafted > 0 or drafter == "none"
     assert engines[1].scheduler.counters.preemptions > 0 or "num_blocks" not in options
+
+
+class Bushy(OracleDrafter):
+    """Before the true token of each depth stands a wrong sibling, so every accepted path has to be moved."""
+
+    def _tree(self, turn: DraftTurn, count: int) -> DraftTree | None:
+        true = [int(token) for token in self._truth.get(turn.request_id, ())[turn.base_len : turn.base_len + count // 2]]
+        tokens = [token for one in true for token in ((one + 1) % families.VOCAB, one)]
+        parents = [2 * depth - 1 for depth in range(len(true)) for _ in range(2)]
+        return DraftTree(turn.request_id, turn.base_len, tuple(tokens), tuple(parents), (0.9,) * len(tokens))
+
+
+def test_accepted_paths_of_trees_move_on_every_rank(both: tuple[Target, Target]) -> None:
+    whole, parallel = both
+    requests = [greedy(name, prompt, 16) for name, prompt in PROMPTS.items()]
+    expected = outputs(run(engine_on(whole, "none"), requests))
+    drafter = Bushy({name: [*prompt, *expected[name]] for name, prompt in PROMPTS.items()}, block_size=8)
+    engine = make_engine(parallel, drafter, speculation="tree:8", costs=FLAT)
+    out = run(engine, requests)
+    assert outputs(out) == expected
+    assert max(result.acceptance_length for result in out.values()) > 2
 
 
 def test_logits_are_those_of_one_rank(both: tuple[Target, Target]) -> None:

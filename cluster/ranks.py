@@ -62,7 +62,7 @@ class ActorRanks:
         for spec in specs:
             gpus = 1 if spec.device.startswith("cuda") else 0
             place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=spec.rank)
-            actor = ray.remote(Rank).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=place).remote()
+            actor: Any = ray.remote(Rank).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=place).remote()
             self._actors.append(actor)
             self._runs[actor.follow.remote(spec)] = spec.rank
 

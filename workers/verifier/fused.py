@@ -46,7 +46,8 @@ class FusedLayer(nn.Module):
         attended = self._attend(_norm(self.input_norm, hidden), position_embeddings, step)
         hidden = hidden + self.o_proj(attended)
         gate, up = F.linear(_norm(self.post_norm, hidden), *self.gate_up).chunk(2, dim=-1)
-        return (hidden + self.down_proj(F.silu(gate) * up)).unsqueeze(0)
+        out: Tensor = hidden + self.down_proj(F.silu(gate) * up)
+        return out.unsqueeze(0)
 
     def _attend(self, normed: Tensor, rotary: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
         tokens, rotated = normed.shape[0], self.heads + self.kv_heads

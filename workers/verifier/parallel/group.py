@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from dspark.errors import WorkerLost
 from dspark.workers.verifier.parallel.layout import Layout
@@ -32,12 +33,12 @@ class RankGroup:
     Every collective raises ``WorkerLost`` once a rank is gone.
     """
 
-    def __init__(self, layout: Layout, store: dist.Store, own_host: str, device: torch.device) -> None:
+    def __init__(self, layout: Layout, store: Store, own_host: str, device: torch.device) -> None:
         self.layout = layout
         self.lost: str | None = None
         self._has_verdict = threading.Event()
-        self._control = _gloo(dist.PrefixStore("control", store), layout, own_host)
-        self._tensors = self._control if device.type == "cpu" else _nccl(dist.PrefixStore("tensors", store), layout)
+        self._control = _gloo(PrefixStore("control", store), layout, own_host)
+        self._tensors = self._control if device.type == "cpu" else _nccl(PrefixStore("tensors", store), layout)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over all ranks, in place."""
@@ -64,7 +65,7 @@ class RankGroup:
         """The smallest of all ranks' values."""
         least = torch.tensor([value])
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MIN
+        options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]  # the stub has the enum's own type here
         with self._guard():
             self._control.allreduce([least], options).wait()
         return int(least)
@@ -119,8 +120,8 @@ class RankGroup:
             raise WorkerLost(self.lost or f"a collective of rank {self.layout.rank} failed: {error}") from error
 
 
-def _gloo(store: dist.Store, layout: Layout, own_host: str) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Store, layout: Layout, own_host: str) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stub calls it Options
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_host)]
     options._timeout = FOREVER
     return dist.ProcessGroupGloo(store, layout.rank, layout.size, options)
@@ -132,7 +133,7 @@ def _inline(options: Any) -> Any:
     return options
 
 
-def _nccl(store: dist.Store, layout: Layout) -> Any:
+def _nccl(store: Store, layout: Layout) -> Any:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # torch's watchdog would end this process when a rank is lost
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = FOREVER

@@ -121,7 +121,7 @@ class Ranks:
         self._group.send(encode_step(inputs, BLOCK_SIZE))
         yield
         if self._spec.device.startswith("cuda"):
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
             self._done = done
         else:
@@ -170,7 +170,7 @@ class Ranks:
 
     def _is_busy(self) -> bool:
         """Whether a forward has begun and not ended; one that failed counts as well."""
-        return self._busy_since is not None and (self._done is None or not self._done.query())
+        return self._busy_since is not None and (self._done is None or not self._done.query())  # type: ignore[no-untyped-call]
 
     def _watch(self) -> None:
         while not self._is_closing.wait(POLL_S):

@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.memory import kv_capacity
@@ -40,17 +40,17 @@ def check_splits(model: str, revision: str | None, tensor: int, expert: int) -> 
     check_experts(name, next((getattr(text, key) for key in NUM_EXPERTS if getattr(text, key, None)), 0), expert)
 
 
-def open_store(host: str) -> tuple[dist.TCPStore, int]:
+def open_store(host: str) -> tuple[TCPStore, int]:
     """The leader's store, on a free port of ``host`` and of no other address; with the port."""
     listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port = listener.getsockname()[1]
-    store = dist.TCPStore(host, port, is_master=True, timeout=JOIN_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach())
+    store = TCPStore(host, port, is_master=True, timeout=JOIN_TIMEOUT, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, port
 
 
-def reach_store(spec: RankSpec) -> dist.TCPStore:
+def reach_store(spec: RankSpec) -> TCPStore:
     """A follower's way to the leader's store; says that it is here."""
-    store = dist.TCPStore(spec.host, spec.port, is_master=False, timeout=JOIN_TIMEOUT, wait_for_workers=False)
+    store = TCPStore(spec.host, spec.port, is_master=False, timeout=JOIN_TIMEOUT, wait_for_workers=False)
     store.set(here_key(spec.rank), "")
     return store
 
@@ -59,7 +59,7 @@ def here_key(rank: int) -> str:
     return f"here/{rank}"
 
 
-def load_share(spec: RankSpec, group: RankGroup, store: dist.Store) -> tuple[Target, ExpertLoad | None]:
+def load_share(spec: RankSpec, group: RankGroup, store: Store) -> tuple[Target, ExpertLoad | None]:
     """This rank's share of the target, checked against the whole model by the leader. ConfigError as ``load_model``."""
     device = torch.device(spec.device)
     if spec.rank >= spec.loads_at_once:

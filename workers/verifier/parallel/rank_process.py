@@ -24,7 +24,7 @@ def main() -> int:
     os.dup2(2, 1)  # what libraries print must not get between
     spec = RankSpec.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_leader, daemon=True).start()
-    logging.disable_progress_bar()  # the leader shows one
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the leader shows one
     try:
         follow(spec, "127.0.0.1")
     except Exception as error:  # noqa: BLE001 - whatever it is, the leader wants to know

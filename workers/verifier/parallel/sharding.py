@@ -72,6 +72,7 @@ class SplitExperts(nn.Module):
         own = group.layout.experts(experts.num_experts)
         place = torch.full((experts.num_experts,), len(own))  # transformers skips experts beyond the last
         place[own.start : own.stop] = torch.arange(len(own))
+        self.place: Tensor
         self.register_buffer("place", place, persistent=False)
         _cut_experts(experts, group)
         self.inner = experts
@@ -111,20 +112,20 @@ def split_model(model: PreTrainedModel, group: RankGroup) -> ExpertLoad | None:
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     layers = decoder_layers(model)
     experts = [(module, key, child) for module in layers.modules() for key, child in module.named_children() if _is_experts(child)]
-    check_experts(name, experts[0][2].num_experts if experts else 0, layout.expert)
-    load = ExpertLoad(experts[0][2].num_experts) if experts else None
+    num_experts = int(experts[0][2].num_experts) if experts else 0  # type: ignore[arg-type]  # a module's attribute may be a tensor
+    check_experts(name, num_experts, layout.expert)
+    load = ExpertLoad(num_experts)
     for module in list(layers.modules()):
         if _is_attention(module):
             _split_attention(module, name, heads, group)
         elif _is_mlp(module):
             _split_mlp(module, group)
     for parent, key, child in experts:
-        assert load is not None
         setattr(parent, key, SplitExperts(child, group, load))
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is nn.Linear:
         model.set_output_embeddings(SplitHead(head, group))  # type: ignore[no-untyped-call]
-    return load
+    return load if experts else None
 
 
 def _is_linear(module: Any, *names: str) -> bool:

@@ -217,8 +217,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        match = difflib.get_close_matches(flag, re.findall(r"--[a-z-]+", args.usage()), 1)
-        raise ConfigError(f"unknown argument {flag}" + (f"; did you mean {match[0]}?" if match else ""))
+        match = difflib.get_close_matches(flag.lstrip("-"), re.findall(r"--([a-z-]+)", args.usage()), 1)
+        raise ConfigError(f"unknown argument {flag}" + (f"; did you mean --{match[0]}?" if match else ""))
     return args
 
 

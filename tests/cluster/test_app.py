@@ -9,6 +9,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from dspark.cluster.app import FAR_OUT, LEEWAY_S, as_config, build_colocated
+from dspark.cluster.ranks import CPU_OF_A_RANK
 from dspark.config import ServeConfig
 from dspark.config_file import load_config
 from dspark.errors import ConfigError
@@ -43,6 +44,15 @@ def test_deployments_leave_limits_to_us() -> None:
 def test_a_verifier_asks_for_the_gpu_it_needs(device: str, gpus: int) -> None:
     app = build_colocated({"engine": {"device": device}})
     assert app._bound_deployment.init_args[0]._bound_deployment.ray_actor_options["num_gpus"] == gpus
+
+
+@pytest.mark.parametrize(("device", "bundle"), [("cpu", {"CPU": CPU_OF_A_RANK}), ("cuda", {"GPU": 1.0})])
+def test_a_parallel_verifier_has_a_place_for_each_rank(device: str, bundle: dict[str, float]) -> None:
+    for shape, places in (({"tensor_parallel": 2, "expert_parallel": 3}, [bundle] * 6), ({}, None)):
+        app = build_colocated({"engine": {"device": device, **shape}})
+        replica = app._bound_deployment.init_args[0]._bound_deployment._replica_config
+        assert replica.placement_group_bundles == places
+        assert replica.placement_group_strategy == ("PACK" if places else None)
 
 
 def test_a_numbered_gpu_is_refused() -> None:

@@ -72,6 +72,14 @@ def test_flags_win_over_environment_over_file(served: Served, monkeypatch: pytes
     assert served.show_dashboard is True
 
 
+def test_short_flags_are_the_long_ones(served: Served) -> None:
+    assert main(["serve", "-tp", "4", "-ep", "2"]) == 0
+    assert served.config is not None
+    assert (served.config.engine.tensor_parallel, served.config.engine.expert_parallel) == (4, 2)
+    assert main(["serve", "--tensor-parallel", "3"]) == 0
+    assert served.config.engine.num_ranks == 3
+
+
 def test_every_key_has_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["serve", "--help"])

@@ -28,7 +28,7 @@ from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.parallel.group import HEAD_WORDS, RankGroup
 from dspark.workers.verifier.parallel.layout import Layout, check_experts, check_heads, part
 from dspark.workers.verifier.parallel.messages import END, Move, decode, encode_move, encode_step
-from dspark.workers.verifier.parallel.sharding import SplitHead, split_model
+from dspark.workers.verifier.parallel.sharding import ExpertLoad, SplitHead, split_model
 from dspark.workers.verifier.targets import Target, as_target, own_logits, paged_logits
 
 PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(5 + 14 * i)] for i in range(3)}
@@ -224,6 +224,16 @@ def test_logits_are_those_of_one_rank(both: tuple[Target, Target]) -> None:
     for (token, value), (expected_token, expected_value) in zip(logprobs(out), logprobs(expected), strict=True):
         assert token == expected_token
         assert value == pytest.approx(expected_value, abs=1e-4)
+
+
+def test_padding_is_no_load() -> None:
+    load = ExpertLoad(4)
+    routing = torch.tensor([[0, 1], [1, 3], [2, 2]])
+    load.count(routing)
+    assert load.tokens.tolist() == [0, 0, 0, 0], "nothing is counted outside of steps"
+    load.num_real = 2
+    load.count(routing)
+    assert load.tokens.tolist() == [1, 2, 0, 1]
 
 
 def test_expert_load_counts_real_tokens(both: tuple[Target, Target]) -> None:

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from dspark.cluster.fleet import Fleet
+from dspark.cluster.fleet import Fleet, ask_of
 from dspark.errors import BadRequest, DSparkError, Overloaded, WorkerLost
-from dspark.router.admission import admit
+from dspark.router.admission import admit, refuse_late
 from dspark.types import Finish, Request, StepOutcome
 from dspark.workers.wire.link import Flight
 
@@ -39,21 +39,24 @@ class Dispatcher:
         self._replay_wait_s = replay_wait_s
         self._ended: deque[float] = deque(maxlen=1024)
 
-    async def start(self, requests: Sequence[Request]) -> list[Generation]:
-        """All requests queued at verifiers, or none: raises ``BadRequest``, ``Overloaded`` or ``WorkerLost``."""
+    async def start(self, requests: Sequence[Request], reject_when_late: bool = False) -> list[Generation]:
+        """All requests queued at verifiers, or none: raises ``BadRequest``, ``Overloaded`` or ``WorkerLost``.
+
+        With ``reject_when_late`` a request whose latency budget no verifier is predicted to keep is an overload.
+        """
         if self.is_draining:
             raise Overloaded("this server is shutting down", 5.0)
         limit = self.fleet.running_limit
         if limit:  # without any verifier the wait in _place decides
-            admit(len(requests), self.in_flight, limit, self._max_waiting, self._finished_per_s())
+            admit(len(requests), self.in_flight, limit, self._max_waiting, self._finished_per_s(), requests[0].priority)
         generations = [Generation(self, request) for request in requests]
         try:
             if len(generations) == 1:
-                await generations[0].begin()
+                await generations[0].begin(reject_when_late)
             else:
                 async with asyncio.TaskGroup() as group:
                     for generation in generations:
-                        group.create_task(generation.begin())
+                        group.create_task(generation.begin(reject_when_late))
         except BaseExceptionGroup as failed:
             _close(generations)
             raise next((e for e in failed.exceptions if isinstance(e, DSparkError)), failed.exceptions[0]) from None
@@ -62,17 +65,20 @@ class Dispatcher:
             raise
         return generations
 
-    async def place(self, request: Request, deadline: float, may_refuse: bool) -> Flight:
+    async def place(self, request: Request, deadline: float, may_refuse: bool, reject_when_late: bool = False) -> Flight:
         """A flight on the best verifier that takes the request, trying until ``deadline``.
 
         With ``may_refuse`` an overload of all of them is raised at once; a replay waits instead.
         """
         loop = asyncio.get_running_loop()
+        ask = ask_of(request)
         while True:
             refusal: DSparkError | None = None
-            for link in self.fleet.candidates(request):
+            for number, (link, prediction) in enumerate(self.fleet.candidates(ask)):
+                if reject_when_late and number == 0:
+                    refuse_late(ask, prediction)
                 try:
-                    return await self.fleet.submit(link, request)
+                    return await self.fleet.submit(link, request, ask)
                 except (Overloaded, WorkerLost) as error:
                     refusal = error if refusal is None or isinstance(error, Overloaded) else refusal
             if may_refuse and isinstance(refusal, Overloaded):
@@ -114,10 +120,15 @@ class Generation:
         self._is_closed = False
         dispatcher.entered()
 
-    async def begin(self) -> None:
+    @property
+    def replica_id(self) -> str:
+        """The verifier that runs the request, or ran it last; empty before it was placed."""
+        return self._flight.replica_id if self._flight is not None else ""
+
+    async def begin(self, reject_when_late: bool = False) -> None:
         """Return once a verifier has queued the request."""
         deadline = asyncio.get_running_loop().time() + NEW_WAIT_S
-        self._hold(await self._dispatcher.place(self.request, deadline, may_refuse=True))
+        self._hold(await self._dispatcher.place(self.request, deadline, True, reject_when_late))
 
     def __aiter__(self) -> Generation:
         return self

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from dspark.errors import DSparkError, ProtocolMismatch
 from dspark.router.admission import capacity
-from dspark.router.policy import Sent, rank
+from dspark.router.policy import Standing, choose
+from dspark.router.predict import Ask, Prediction, Sent
 from dspark.router.prefixes import PrefixIndex, chunk_keys
 from dspark.types import ReplicaView, Request
-from dspark.workers.wire.codec import Status
+from dspark.workers.wire.codec import Status, Tune
 from dspark.workers.wire.link import Flight, Link
 
 REFRESH_S: Final = 1.0
 EAGER_REFRESH_S: Final = 0.1  # while there is no verifier at all
 OPEN_TIMEOUT_S: Final = 5.0
+LIMIT_AGE_S: Final = 0.1  # adding up a thousand views takes a millisecond: not for every request
 
 _log = logging.getLogger(__name__)
+
+
+def ask_of(request: Request) -> Ask:
+    """What routing knows of a request."""
+    return Ask(
+        id=request.id,
+        num_tokens=len(request.prompt_token_ids),
+        budget=request.latency_budget,
+        priority=request.priority,
+        keys=tuple(chunk_keys(request.prompt_token_ids, request.cache_salt)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +66,10 @@ class Fleet:
         self._discover = discover
         self._connect = connect
         self._links: dict[str, Link] = {}
+        self._joined_s: dict[str, float] = {}
+        self._described: dict[str, Mapping[str, object]] = {}
+        self._ids: tuple[str, ...] = ()  # of the links, to draw from
+        self._limit = (0.0, 0)  # when it was added up, and the sum
         self._refused: set[str] = set()
         self._prefixes = PrefixIndex()
         self._changed = asyncio.Event()
@@ -82,21 +99,39 @@ class Fleet:
 
     @property
     def running_limit(self) -> int:
-        """Requests that all verifiers can run at once."""
-        return capacity(self.views)
+        """Requests that all verifiers can run at once; up to ``LIMIT_AGE_S`` old."""
+        now = asyncio.get_running_loop().time()
+        when, limit = self._limit
+        if not limit or now - when > LIMIT_AGE_S:
+            limit = capacity(self.views)
+            self._limit = (now, limit)
+        return limit
 
-    def candidates(self, request: Request) -> list[Link]:
-        """Links that may take the request, best first."""
-        keys = chunk_keys(request.prompt_token_ids, request.cache_salt)
-        views = self.views
-        sent = {view.id: Sent(*self._links[view.id].unseen) for view in views}
-        order = rank(views, request.id, len(request.prompt_token_ids), self._prefixes.hits(keys), sent)
-        return [link for replica_id in order if (link := self._links.get(replica_id)) is not None and link.is_open]
+    def joined_s(self, replica_id: str) -> float:
+        """Seconds for which this router has had a link to a verifier."""
+        now = asyncio.get_running_loop().time()
+        return now - self._joined_s.get(replica_id, now)
 
-    async def submit(self, link: Link, request: Request) -> Flight:
+    def described(self, replica_id: str) -> Mapping[str, object]:
+        """The effective settings of a verifier."""
+        return self._described.get(replica_id, {})
+
+    def tune(self, tune: Tune) -> None:
+        """Hand a decision to every verifier."""
+        for link in self._links.values():
+            link.tune(tune)
+
+    def candidates(self, ask: Ask) -> Iterator[tuple[Link, Prediction]]:
+        """Links that may take the request, best first, and what is expected of each."""
+        for prediction in choose(ask, self._ids, self._look, self._prefixes):
+            link = self._links.get(prediction.replica_id)
+            if link is not None and link.is_open:
+                yield link, prediction
+
+    async def submit(self, link: Link, request: Request, ask: Ask) -> Flight:
         """Send a request to a verifier and note it; raises what ``Link.submit`` raises."""
         flight = await link.submit(request)
-        self._prefixes.add(chunk_keys(request.prompt_token_ids, request.cache_salt), link.replica_id)
+        self._prefixes.add(ask.keys, link.replica_id)
         return flight
 
     async def wait_for_change(self, timeout_s: float) -> None:
@@ -121,8 +156,16 @@ class Fleet:
         newcomers = [fact for replica_id, fact in facts.items() if replica_id not in self._links and replica_id not in self._refused]
         await asyncio.gather(*(self._open(fact) for fact in newcomers))
         if set(self._links) != before:
+            self._ids = tuple(self._links)
+            self._limit = (0.0, 0)
             self._changed.set()
             self._changed = asyncio.Event()
+
+    def _look(self, replica_id: str) -> Standing | None:
+        link = self._links.get(replica_id)
+        if link is None or not link.is_open or (status := link.status) is None or not status.healthy:
+            return None
+        return Standing(status.view, Sent(*link.unseen))
 
     async def _keep(self) -> None:
         while True:
@@ -147,10 +190,13 @@ class Fleet:
         else:
             self.facts = facts
             self._links[facts.replica_id] = link
+            self._joined_s[facts.replica_id] = asyncio.get_running_loop().time()
+            self._described[facts.replica_id] = facts.described
             _log.info("verifier %s joined", facts.replica_id)
 
     async def _drop(self, replica_id: str) -> None:
         link = self._links.pop(replica_id)
+        del self._joined_s[replica_id], self._described[replica_id]
         self._prefixes.forget(replica_id)
         await link.close()
         _log.info("verifier %s left: %s", replica_id, link.lost)

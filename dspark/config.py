@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -76,6 +77,50 @@ class EngineConfig(BaseModel):
         return value
 
 
+class ServiceClass(BaseModel):
+    """A named promise to requests: latency budgets and a place in the queue."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ttft_ms: float | None = Field(default=None, gt=0, le=1e9, description="milliseconds to the first token")
+    tpot_ms: float | None = Field(default=None, gt=0, le=1e9, description="milliseconds per token after it")
+    priority: int = Field(
+        default=0, ge=-(2**31), lt=2**31, description="lower runs first; over 0 leaves half of the waiting room to others"
+    )
+    reject_when_late: bool = Field(default=False, description="refuse with 503 and Retry-After when no verifier can keep the budgets")
+
+
+class AutoscaleConfig(BaseModel):
+    """How the number of verifiers and of draft workers follows the latency budgets of requests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    max_verifiers: int | None = Field(
+        default=None, ge=1, le=1024, description="most verifiers; None: num_verifiers is fixed and nothing is scaled"
+    )
+    min_verifiers: int = Field(default=1, ge=1, le=1024, description="fewest verifiers")
+    max_draft_workers: int | None = Field(default=None, ge=1, le=1024, description="most draft workers; None: their number is fixed")
+    min_draft_workers: int = Field(default=1, ge=1, le=1024, description="fewest draft workers")
+    target_met: float = Field(default=0.95, gt=0, lt=1, description="share of requests that must keep their latency budgets")
+    default_ttft_ms: float = Field(default=2000.0, gt=0, le=1e9, description="budget for scaling of requests that have no ttft_ms")
+    default_tpot_ms: float = Field(default=100.0, gt=0, le=1e9, description="budget for scaling of requests that have no tpot_ms")
+    scaling_window_s: float = Field(default=30.0, gt=0, le=3600, description="how far back requests count")
+    scaling_min_samples: int = Field(default=20, ge=1, le=100000, description="fewer requests in the window decide nothing")
+    up_cooldown_s: float = Field(default=15.0, ge=0, le=3600, description="after a change, before verifiers are added")
+    down_cooldown_s: float = Field(default=120.0, ge=0, le=86400, description="of spare capacity, before a verifier is removed")
+    cold_start_s: float = Field(default=10.0, ge=0, le=3600, description="requests of a verifier this young do not count")
+    start_timeout_s: float = Field(default=600.0, gt=0, le=86400, description="a verifier that takes longer to come cannot be scheduled")
+    speculation_lever: bool = Field(default=True, description="verify fewer drafted tokens, where that helps, before adding verifiers")
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> AutoscaleConfig:
+        for kind in ("verifiers", "draft_workers"):
+            least, most = getattr(self, f"min_{kind}"), getattr(self, f"max_{kind}")
+            if most is not None and least > most:
+                raise ValueError(f"min_{kind} {least} is over max_{kind} {most}")
+        return self
+
+
 class ServeConfig(BaseModel):
     """A serving cluster: routers in front of verifiers that all run the same engine."""
 
@@ -95,11 +140,42 @@ class ServeConfig(BaseModel):
         default=60.0, ge=0.0, le=3600.0, description="longest wait for another verifier when one dies under a running stream"
     )
     drain_s: float = Field(default=600.0, ge=0.0, le=86400.0, description="longest wait for running streams when a replica stops")
+    service_classes: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")], ServiceClass] = Field(
+        default={}, description="latency budgets by name, as JSON on the command line: " + '{"chat": {"ttft_ms": 500, "tpot_ms": 30}}'
+    )
+    default_class: str | None = Field(default=None, description="service class of requests that name none")
+    autoscale: AutoscaleConfig = Field(default=AutoscaleConfig(), description="how the number of verifiers follows latency budgets")
     api_key: SecretStr | None = Field(
         default=None, description="clients must send it as a bearer token; prefer api_key_file or the environment"
     )
     api_key_file: Path | None = Field(default=None, description="file whose first line is the API key")
     show_docs: bool = Field(default=True, description="serve /docs and /openapi.json")
+
+    @field_validator("service_classes", mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        """The command line and the environment hold text."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"should be a JSON object, and is not: {error}") from None
+
+    @model_validator(mode="after")
+    def _known_class(self) -> ServeConfig:
+        if self.default_class is not None and self.default_class not in self.service_classes:
+            raise ValueError(f"default_class {self.default_class} is none of service_classes ({', '.join(self.service_classes)})")
+        return self
+
+    @model_validator(mode="after")
+    def _count_in_range(self) -> ServeConfig:
+        most = self.autoscale.max_verifiers
+        if most is not None and not self.autoscale.min_verifiers <= self.num_verifiers <= most:
+            raise ValueError(
+                f"num_verifiers {self.num_verifiers} is not between min_verifiers {self.autoscale.min_verifiers} and max_verifiers {most}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_key_source(self) -> ServeConfig:

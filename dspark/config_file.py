@@ -7,13 +7,14 @@ Every key of ``ServeConfig`` has one name in all three: ``engine.kv_tokens`` in 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -221,13 +222,24 @@ def _explain(model: type[BaseModel], problem: Any, sources: Mapping[str, str]) -
 def _suggest_key(model: type[BaseModel], location: Sequence[str]) -> str:
     """A key beside the unknown one, or one of the same name elsewhere."""
     *parents, name = location
-    prefix = ".".join([*parents, ""])
-    paths = [key.path for key in keys(model)]
-    beside = sorted({path.removeprefix(prefix).partition(".")[0] for path in paths if path.startswith(prefix)})
-    elsewhere = {path.rpartition(".")[2]: path for path in paths}
+    beside = sorted(_model_at(model, parents).model_fields)
+    elsewhere = {key.name: key.path for key in keys(model)}
     if not difflib.get_close_matches(name, beside, 1) and (match := difflib.get_close_matches(name, elsewhere, 1)):
         return f"; did you mean {elsewhere[match[0]]}?"
     return _suggest(name, beside)
+
+
+def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    """The model whose fields stand at a place; a mapping of models has user-given names in between."""
+    parts = iter(location)
+    for part in parts:
+        annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+            next(parts, None)
+        assert isinstance(annotation, type)
+        model = annotation
+    return model
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
@@ -241,5 +253,13 @@ def _settings(config: BaseModel, prefix: str) -> Iterator[Setting]:
         if isinstance(value, BaseModel):
             yield from _settings(value, f"{prefix}{name}.")
         else:
-            is_secret = isinstance(value, SecretStr)
-            yield Setting(prefix + name, "[redacted]" if is_secret else value, value == field.default)
+            yield Setting(prefix + name, _shown(value), value == field.default)
+
+
+def _shown(value: object) -> object:
+    """A value as people may see it: no secrets, and mappings of models as they would be written."""
+    if isinstance(value, SecretStr):
+        return "[redacted]"
+    if isinstance(value, dict):
+        return json.dumps({name: entry.model_dump(exclude_defaults=True) for name, entry in value.items()})
+    return value

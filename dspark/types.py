@@ -281,9 +281,26 @@ class StepOutcome:
     error: str | None = None
 
 
+class SpeculationState(StrEnum):
+    """What became of the speculation that an engine was asked for."""
+
+    OFF = "off"  # nobody asked for it
+    ACTIVE = "active"
+    PAUSED = "paused"  # measured not to pay at the present load
+    INACTIVE = "inactive"  # asked for, but no drafts come
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """What a router may know about a verifier replica. ``age_s`` is how old the view is."""
+    """What a router may know about a verifier replica. ``age_s`` is how old the view is.
+
+    ``queued_tokens`` are known tokens without KV, of waiting and running requests. ``waiting`` has (priority, requests,
+    tokens) of the waiting ones, most urgent first. ``step_costs`` are (tokens, seconds) of a verify step, ``draft_costs``
+    (requests, seconds) of a draft round; both empty when they were not measured. ``prefill_token_s`` is what a prompt token adds
+    to a step (0: as much as any other), ``context_row_s`` what the context of a running request does. ``drafted_per_round``
+    counts verified drafted tokens, ``tokens_per_round`` committed ones. ``speculation_limit`` is the share of the longest
+    draft that may be verified.
+    """
 
     id: str
     address: str
@@ -299,6 +316,14 @@ class ReplicaView:
     prefix_digest: frozenset[int] = frozenset()
     budgets_met: float = 1.0
     age_s: float = 0.0
+    prefill_token_s: float = 0.0
+    context_row_s: float = 0.0
+    draft_costs: tuple[tuple[int, float], ...] = ()
+    drafted_per_round: float = 0.0
+    max_step_tokens: int = 512
+    waiting: tuple[tuple[int, int, int], ...] = ()
+    speculation: SpeculationState = SpeculationState.OFF
+    speculation_limit: float = 1.0
 
 
 class Drafter(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 CHUNK_TOKENS: Final = 64  # coarser than KV blocks: the index only steers, the replica knows
@@ -22,20 +22,33 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def hits(self, keys: Sequence[bytes]) -> dict[str, int]:
-        """Tokens of the prefix that each replica probably holds; replicas without any are absent."""
+    def hits(self, keys: Sequence[bytes], replica_ids: Sequence[str]) -> dict[str, int]:
+        """Tokens of the prefix that each of these replicas probably holds; replicas without any are absent."""
         found: dict[str, int] = {}
+        runs: Sequence[str] = replica_ids  # unbroken from the start
         for position, key in enumerate(keys):
             holders = self._holders.get(key)
             if holders is None:
                 break
-            for replica_id in holders:
-                if found.get(replica_id, 0) == position * CHUNK_TOKENS:  # an unbroken run from the start
-                    found[replica_id] = (position + 1) * CHUNK_TOKENS
+            runs = [replica_id for replica_id in runs if replica_id in holders]
+            if not runs:
+                break
+            for replica_id in runs:
+                found[replica_id] = (position + 1) * CHUNK_TOKENS
         return found
 
+    def longest(self, keys: Sequence[bytes]) -> Collection[str]:
+        """The replicas that hold most of the prefix, of all that were ever sent a part of it."""
+        deepest: Collection[str] = ()
+        for key in keys:
+            holders = self._holders.get(key)
+            if holders is None:
+                break
+            deepest = holders
+        return deepest
+
     def add(self, keys: Sequence[bytes], replica_id: str) -> None:
-        """Note that ``replica_id`` computes these chunks; the chunks least recently sent are forgotten."""
+        """Note that ``replica_id`` computes these chunks, a prompt's first ones; the chunks least recently sent are forgotten."""
         for key in reversed(keys):  # the first chunk is the most recent one: a chain is forgotten from its end
             self._holders.setdefault(key, {})[replica_id] = None
             self._holders.move_to_end(key)

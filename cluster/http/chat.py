@@ -46,7 +46,7 @@ async def collect(job: Job) -> dict[str, Any]:
         for index, (text, entries, last) in enumerate(zip(texts, logprobs, lasts, strict=True))
     ]
     more = {} if of_prompt is None else {"prompt_logprobs": of_prompt}
-    return _head(job, "chat.completion") | {"choices": choices, "usage": job.usage(), "metrics": job.speculation()} | more
+    return _head(job, "chat.completion") | {"choices": choices, "usage": job.usage(), "metrics": job.metrics()} | more
 
 
 async def events(job: Job, wants_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -59,10 +59,10 @@ async def events(job: Job, wants_usage: bool) -> AsyncGenerator[bytes, None]:
             left -= delta.finish is not None
             if not (delta.text or delta.is_first or delta.finish or delta.logprobs):
                 continue  # text held back: half a character, or what may become a stop string
-            metrics = {"metrics": job.speculation()} if not left and not wants_usage else {}
+            metrics = {"metrics": job.metrics()} if not left and not wants_usage else {}
             yield event(head | {"choices": [_chunk(delta, job)]} | no_usage | metrics)
         if wants_usage:
-            yield event(head | {"choices": [], "usage": job.usage(), "metrics": job.speculation()})
+            yield event(head | {"choices": [], "usage": job.usage(), "metrics": job.metrics()})
     except DSparkError as error:
         yield event(body_of(error))
     yield DONE

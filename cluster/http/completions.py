@@ -75,7 +75,7 @@ async def collect(job: Job, body: CompletionBody) -> dict[str, Any]:
     async for delta in job.deltas():
         parts[delta.index].append(echo.part(delta))
     choices = [_joined(of_choice) for of_choice in parts]
-    return _head(job) | {"choices": choices, "usage": echo.usage(), "metrics": job.speculation()}
+    return _head(job) | {"choices": choices, "usage": echo.usage(), "metrics": job.metrics()}
 
 
 async def events(job: Job, body: CompletionBody) -> AsyncGenerator[bytes, None]:
@@ -90,10 +90,10 @@ async def events(job: Job, body: CompletionBody) -> AsyncGenerator[bytes, None]:
             part = echo.part(delta)
             if not (part["text"] or delta.finish or delta.logprobs):
                 continue
-            metrics = {"metrics": job.speculation()} if not left and not body.wants_usage else {}
+            metrics = {"metrics": job.metrics()} if not left and not body.wants_usage else {}
             yield event(head | {"choices": [part]} | no_usage | metrics)
         if body.wants_usage:
-            yield event(head | {"choices": [], "usage": echo.usage(), "metrics": job.speculation()})
+            yield event(head | {"choices": [], "usage": echo.usage(), "metrics": job.metrics()})
     except DSparkError as error:
         yield event(body_of(error))
     yield DONE

@@ -63,7 +63,7 @@ class Meter:
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first content chunk, queueing included.")
         self._chunk_s = self._histogram(
             "inter_chunk_latency_seconds", "Time between content chunks of one choice; a chunk is a verify round."
@@ -78,15 +78,15 @@ class Meter:
         self._replays = self._counter("replays", "Requests continued on another verifier after theirs was lost.").labels(model_name)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
-        histogram = Histogram(f"dspark_{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
+        histogram = Histogram(f"dspark_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
         return histogram.labels(self.model_name)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"dspark_{name}", text, ["model_name", *labels], registry=self._registry)
+        return Counter(f"dspark_{name}", text, ["model_name", *labels], registry=self.registry)
 
     def follow(self, name: str, text: str, value: Callable[[], float]) -> None:
         """Show a gauge whose value is asked for whenever metrics are read."""
-        Gauge(f"dspark_{name}", text, ["model_name"], registry=self._registry).labels(self.model_name).set_function(value)
+        Gauge(f"dspark_{name}", text, ["model_name"], registry=self.registry).labels(self.model_name).set_function(value)
 
     def took(self, num_prompt_tokens: int) -> None:
         """A prompt was queued."""
@@ -119,7 +119,7 @@ class Meter:
 
     def families(self) -> list[Family]:
         """Everything measured, as plain values."""
-        return [_plain(metric) for metric in self._registry.collect()]
+        return [_plain(metric) for metric in self.registry.collect()]
 
 
 def _plain(metric: Metric) -> Family:

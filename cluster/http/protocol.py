@@ -82,6 +82,7 @@ class GenerationBody(_Strict):
     include_stop_str_in_output: bool | None = None
     speculation: str | SpeculationField | None = None
     latency_budget: LatencyField | None = None
+    service_class: str | None = Field(default=None, min_length=1, max_length=64)
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dspark.cluster.dispatch import Dispatcher, Generation
+from dspark.cluster.http.budgets import Ledger, Stopwatch, shown
 from dspark.cluster.http.logprobs import TokenTexts
 from dspark.cluster.http.metering import Meter, Timing
 from dspark.cluster.http.protocol import GenerationBody
-from dspark.errors import BadRequest, UnknownModel
+from dspark.errors import BadRequest, DSparkError, UnknownModel
 from dspark.prompting import encode, render_chat
+from dspark.router.admission import BudgetOutOfReach
+from dspark.router.classes import Classes, Terms
 from dspark.sampling import SamplingParams
 from dspark.types import Finish, Request, StepOutcome, TokenLogprob
 from dspark.workers.verifier.text import TextStream
@@ -41,14 +44,15 @@ class Delta:
 class Choice:
     """One choice of a response: its text so far and how its drafts fared."""
 
-    def __init__(self, index: int, prompt: Sequence[int], generation: Generation, text: TextStream) -> None:
+    def __init__(self, index: int, prompt: Sequence[int], generation: Generation, text: TextStream, watch: Stopwatch) -> None:
         self.index = index
         self.prompt = prompt
         self.generation = generation
         self.finish: Finish | None = None
         self.num_tokens = 0
         self.num_cached_tokens = 0
-        self.last_s: float | None = None
+        self.has_failed = False
+        self.watch = watch
         self.accepted_counts: list[int] = []  # [j]: rounds in which exactly j drafted tokens were accepted
         self.num_drafted = 0
         self.max_drafted = 0
@@ -56,7 +60,7 @@ class Choice:
 
     def take(self, outcome: StepOutcome) -> Delta:
         """The delta of one outcome."""
-        is_first = self.num_tokens == 0 and self.last_s is None
+        is_first = self.num_tokens == 0 and self.watch.first_s is None
         if is_first:
             self.num_cached_tokens = outcome.num_cached_tokens
         self.num_tokens += len(outcome.tokens)
@@ -87,8 +91,12 @@ class Job:
         """Deltas of all choices as they come; each choice's are in order."""
         if len(self.choices) == 1:
             (choice,) = self.choices
-            async for outcome in choice.generation:
-                yield self._note(choice, choice.take(outcome))
+            try:
+                async for outcome in choice.generation:
+                    yield self._note(choice, choice.take(outcome))
+            except DSparkError:
+                choice.has_failed = True
+                raise
             return
         queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
         pumps = [asyncio.create_task(self._pump(choice, queue)) for choice in self.choices]
@@ -118,7 +126,11 @@ class Job:
             "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in prompts)},
         }
 
-    def speculation(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
+        """How drafting went, and how the latency budget, if there is one, was kept."""
+        return self._speculation() | shown([choice.watch for choice in self.choices])
+
+    def _speculation(self) -> dict[str, Any]:
         """How drafting went, in the shape of vLLM's ``metrics.speculative_decoding``; only rounds with drafts count."""
         longest = max(len(choice.accepted_counts) for choice in self.choices)
         histogram = [sum(c.accepted_counts[j] for c in self.choices if j < len(c.accepted_counts)) for j in range(longest)]
@@ -146,7 +158,10 @@ class Job:
             choice.generation.close()
         finishes = [choice.finish or Finish.ABORT for choice in self.choices]
         replays = sum(choice.generation.num_replays for choice in self.choices)
-        self.service.meter.ended(self._timing, time.monotonic(), finishes, replays)
+        now = time.monotonic()
+        self.service.meter.ended(self._timing, now, finishes, replays)
+        for choice in self.choices:
+            self.service.ledger.closed(choice.watch, now, choice.finish is not None, choice.has_failed)
 
     async def _pump(self, choice: Choice, queue: asyncio.Queue[Delta | BaseException | None]) -> None:
         try:
@@ -154,27 +169,38 @@ class Job:
                 queue.put_nowait(self._note(choice, choice.take(outcome)))
             queue.put_nowait(None)
         except Exception as error:  # noqa: BLE001 - handed on to the reader of the queue, which raises it
+            choice.has_failed = True
             queue.put_nowait(error)
 
     def _note(self, choice: Choice, delta: Delta) -> Delta:
         if delta.tokens:
             now = time.monotonic()
-            self.service.meter.chunk(self._timing, now, choice.last_s, len(delta.tokens))
-            choice.last_s = now
+            self.service.meter.chunk(self._timing, now, choice.watch.last_s, len(delta.tokens))
+            choice.watch.chunk(now, len(delta.tokens))
         return delta
 
 
 class Service:
     """The served model: its name, its tokenizer, and the dispatcher in front of its verifiers."""
 
-    def __init__(self, dispatcher: Dispatcher, tokenizer: Any, model_name: str, fingerprint: str, max_model_len: int) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        tokenizer: Any,
+        model_name: str,
+        fingerprint: str,
+        max_model_len: int,
+        classes: Classes = Classes({}),  # noqa: B008 - frozen
+    ) -> None:
         self.dispatcher = dispatcher
+        self.classes = classes
         self.tokenizer = tokenizer
         self.model_name = model_name
         self.fingerprint = fingerprint
         self.max_model_len = max_model_len
         self.texts = TokenTexts(tokenizer)
         self.meter = Meter(model_name)
+        self.ledger = Ledger(self.meter.registry, model_name)
         self.meter.follow("in_flight", "Choices that are generated for this router's clients.", lambda: dispatcher.in_flight)
         self.started = int(time.time())
 
@@ -204,6 +230,7 @@ class Service:
         """Queue every choice of every prompt at a verifier; raises what ``Dispatcher.start`` raises."""
         if len(prompts) * params.n > MAX_CHOICES:
             raise BadRequest(f"{len(prompts)} prompts with n = {params.n}: at most {MAX_CHOICES} choices a request", "n")
+        terms = self.classes.terms(body.service_class, body.budget(), body.priority)
         request_id = f"{kind}-{uuid.uuid4().hex}"
         children = [params.child(i) for i in range(params.n)]
         wanted = [(prompt, child) for prompt in prompts for child in children]
@@ -212,19 +239,29 @@ class Service:
                 id=f"{request_id}-{index}",
                 prompt_token_ids=tuple(prompt),
                 sampling=child,
-                latency_budget=body.budget(),
+                latency_budget=terms.budget,
                 speculation=body.speculation_mode(),
-                priority=body.priority or 0,
+                priority=terms.priority,
                 cache_salt=body.cache_salt or "",
+                service_class=terms.service_class,
             )
             for index, (prompt, child) in enumerate(wanted)
         ]
         texts = [TextStream(self.tokenizer, child) for _, child in wanted]
-        generations = await self.dispatcher.start(requests)
+        generations = await self._start(requests, terms)
         for prompt in prompts:
             self.meter.took(len(prompt))
         choices = [
-            Choice(index, prompt, generation, text)
+            Choice(index, prompt, generation, text, Stopwatch(terms, arrived))
             for index, ((prompt, _), generation, text) in enumerate(zip(wanted, generations, texts, strict=True))
         ]
+        for choice in choices:
+            self.ledger.opened(choice.watch, choice.generation)
         return Job(request_id, self, choices, Timing(arrived))
+
+    async def _start(self, requests: Sequence[Request], terms: Terms) -> list[Generation]:
+        try:
+            return await self.dispatcher.start(requests, terms.reject_when_late)
+        except BudgetOutOfReach:
+            self.ledger.refused_late(terms.service_class)
+            raise

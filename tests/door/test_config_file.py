@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def test_yaml_reads_a_bare_off_as_false_and_so_do_we(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", keys(), ids=lambda key: key.path)
 def test_every_key_has_a_variable(key) -> None:  # type: ignore[no-untyped-def]
     """A value no key takes must be refused by that key's name, and by no other."""
+    section, _, name = key.path.rpartition(".")
     with pytest.raises(ConfigError) as refusal:
-        validate(ServeConfig, {"engine": {key.name: object()}} if key.path.startswith("engine.") else {key.name: object()}, {})
+        validate(ServeConfig, {section: {name: object()}} if section else {name: object()}, {})
     assert str(refusal.value).startswith(f"{key.path}: ")
     assert key.variable == "DSPARK_" + key.name.upper()
 
@@ -57,7 +59,31 @@ def test_names_are_unique_so_that_flags_and_variables_are() -> None:
     assert [name for name, count in Counter(key.name for key in keys()).items() if count > 1] == []
 
 
+def test_service_classes_are_a_section_of_a_file_or_json_elsewhere(tmp_path: Path) -> None:
+    file = write(tmp_path, "default_class: chat\nservice_classes:\n  chat: {ttft_ms: 500, tpot_ms: 30}\n  batch: {priority: 5}\n")
+    text = '{"chat": {"ttft_ms": 500, "tpot_ms": 30}, "batch": {"priority": 5}}'
+    config = load_config(file, {}, {})
+    assert config == load_config(None, {"DSPARK_SERVICE_CLASSES": text, "DSPARK_DEFAULT_CLASS": "chat"}, {})
+    assert config == load_config(None, {}, {"service_classes": text, "default_class": "chat"})
+    assert config.service_classes["chat"].tpot_ms == 30
+    shown = {setting.path: setting for setting in effective(config)}["service_classes"]
+    assert (json.loads(str(shown.value)), shown.is_default) == (
+        {"chat": {"ttft_ms": 500.0, "tpot_ms": 30.0}, "batch": {"priority": 5}},
+        False,
+    )
+
+
 BAD_FILES = {
+    "unknown key of a class": (
+        "service_classes: {chat: {tttf_ms: 5}}",
+        r"unknown key service_classes.chat.tttf_ms .*did you mean ttft_ms\?",
+    ),
+    "budget of a class": ("service_classes: {chat: {ttft_ms: 0}}", r"service_classes.chat.ttft_ms: should be greater than 0"),
+    "name of a class": ("service_classes: {a b: {ttft_ms: 5}}", r"service_classes.a b.*should match"),
+    "classes as text": ("service_classes: '{x'", r"service_classes: should be a JSON object"),
+    "default of no class": ("default_class: chat", r"default_class chat is none of service_classes"),
+    "fewest over most": ("autoscale: {max_verifiers: 2, min_verifiers: 3}", r"autoscale: min_verifiers 3 is over max_verifiers 2"),
+    "start out of range": ("num_verifiers: 5\nautoscale: {max_verifiers: 4}", r"num_verifiers 5 is not between min_verifiers 1"),
     "unknown key": ("engine: {kv_token: 5}", r"unknown key engine.kv_token \(from .*serve.yaml\); did you mean kv_tokens\?"),
     "key of another section": ("kv_tokens: 5", r"unknown key kv_tokens .*; did you mean engine.kv_tokens\?"),
     "nothing like it": ("zzz: 5", r"unknown key zzz .*; known are .*engine.*port"),

@@ -52,6 +52,7 @@ class ScriptedHost:
         self.fail_with: Exception | None = None
         self.seen: list[Request] = []
         self.cancelled: list[str] = []
+        self.speculation_limit = 1.0
         self._runs: dict[str, _Run] = {}
         self._lock = threading.Condition()
         self._stop = False
@@ -87,6 +88,9 @@ class ScriptedHost:
     def stats(self) -> dict[str, float]:
         with self._lock:
             return {"running": float(len(self._runs)), "free_blocks": float(self.num_blocks - self._held())}
+
+    def tune(self, speculation_limit: float) -> None:
+        self.speculation_limit = speculation_limit
 
     def is_healthy(self) -> bool:
         return self.healthy

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
 
 import pytest
 
-from dspark.errors import Overloaded
-from dspark.router.admission import MAX_RETRY_AFTER_S, admit, capacity
-from dspark.router.policy import Sent, predicted_work, rank, step_cost
-from dspark.router.prefixes import CHUNK_TOKENS, MAX_CHUNKS, PrefixIndex, chunk_keys
-from dspark.types import ReplicaView
+from dspark.router.policy import DRAWN, DRAWN_HOLDERS, FULL_SCAN, SEARCH, Standing, choose
+from dspark.router.predict import Ask, Prediction, Sent
+from dspark.router.prefixes import CHUNK_TOKENS, PrefixIndex, chunk_keys
+from dspark.types import LatencyBudget, ReplicaView
 
 COSTS = ((1, 0.040), (8, 0.045), (64, 0.095), (512, 0.600))
 
@@ -21,115 +21,150 @@ def view(name: str = "a", **changes: object) -> ReplicaView:
     return dataclasses.replace(base, **changes)
 
 
-@pytest.mark.parametrize("costs", [(), COSTS], ids=["no table", "table"])
-def test_more_load_is_never_less_work(costs: tuple[tuple[int, float], ...]) -> None:
-    loads = [
-        view(running=running, queued=queued, queued_tokens=40 * queued, free_blocks=free, step_costs=costs)
-        for running, queued, free in itertools.product(range(5), range(4), (0, 100))
-        if running == 4 or queued == 0 or free == 0
-    ]
-    for one, other in itertools.product(loads, loads):
-        if one.running <= other.running and one.queued <= other.queued and one.free_blocks >= other.free_blocks:
-            assert predicted_work(one, 20, Sent()) <= predicted_work(other, 20, Sent())
-    idle = view(step_costs=costs)
-    works = [predicted_work(idle, 20, Sent(requests=n, tokens=20 * n)) for n in range(10)]
-    assert works == sorted(works)
-    assert len(set(works)) == 10
+def ask(name: str = "r", num_tokens: int = 50, ttft_ms: float | None = None, tpot_ms: float | None = None, **more: object) -> Ask:
+    return Ask(name, num_tokens, LatencyBudget(ttft_ms, tpot_ms), **more)  # type: ignore[arg-type]
+
+
+def ranked(
+    views: Sequence[ReplicaView], request: Ask, sent: Mapping[str, Sent] | None = None, prefixes: PrefixIndex | None = None
+) -> list[Prediction]:
+    standings = {v.id: Standing(v, (sent or {}).get(v.id, Sent())) for v in views}
+    return list(choose(request, [v.id for v in views], standings.get, prefixes or PrefixIndex()))
+
+
+def ids(*args: object, **kwargs: object) -> list[str]:
+    return [prediction.replica_id for prediction in ranked(*args, **kwargs)]  # type: ignore[arg-type]
 
 
 def test_the_idle_replica_wins_and_draining_ones_are_out() -> None:
     views = [view("busy", running=4, queued=3, queued_tokens=90), view("idle"), view("leaving", draining=True)]
     for order in itertools.permutations(views):
-        assert rank(order, "r", 50) == ["idle", "busy"]
-    assert rank([view(draining=True)], "r", 5) == []
+        assert ids(order, ask()) == ["idle", "busy"]
+    assert ids([view(draining=True)], ask()) == []
+    assert ids([], ask()) == []
+
+
+def holding(name: str, keys: Sequence[bytes]) -> PrefixIndex:
+    index = PrefixIndex()
+    index.add(keys, name)
+    return index
 
 
 def test_a_prefix_hit_outweighs_a_little_load_but_not_a_queue() -> None:
     far, near = view("far", step_costs=COSTS), view("near", running=2, step_costs=COSTS)
-    assert rank([far, near], "r", 500, hits={"near": 448})[0] == "near"
-    assert rank([far, near], "r", 500)[0] == "far"
+    request = ask(num_tokens=500, keys=tuple(chunk_keys(range(500))))
+    held = holding("near", request.keys)
+    assert ids([far, near], request, prefixes=held)[0] == "near"
+    assert ids([far, near], request)[0] == "far"
     swamped = dataclasses.replace(near, running=4, queued=8, queued_tokens=4000)
-    assert rank([far, swamped], "r", 500, hits={"near": 448})[0] == "far"
+    assert ids([far, swamped], request, prefixes=held)[0] == "far"
 
 
 def test_what_was_sent_counts_before_the_next_view() -> None:
     views = [view("a"), view("b")]
     sent: dict[str, Sent] = {}
     for i in range(8):
-        best = rank(views, f"r{i}", 30, sent=sent)[0]
+        best = ids(views, ask(f"r{i}", 30), sent)[0]
         before = sent.get(best, Sent())
         sent[best] = Sent(before.requests + 1, before.tokens + 30)
     assert {name: load.requests for name, load in sent.items()} == {"a": 4, "b": 4}
 
 
 def test_equal_replicas_share_requests_of_many_routers() -> None:
-    firsts = [rank([view("a"), view("b")], f"request {i}", 10)[0] for i in range(200)]
+    firsts = [ids([view("a"), view("b")], ask(f"request {i}"))[0] for i in range(200)]
     assert 60 < firsts.count("a") < 140
-    assert firsts == [rank([view("b"), view("a")], f"request {i}", 10)[0] for i in range(200)]
+    assert firsts == [ids([view("b"), view("a")], ask(f"request {i}"))[0] for i in range(200)]
 
 
 def test_stale_views_come_last() -> None:
-    assert rank([view("stale", age_s=11.0), view("busy", running=4, queued=9, queued_tokens=900)], "r", 5) == ["busy", "stale"]
+    assert ids([view("stale", age_s=11.0), view("busy", running=4, queued=9, queued_tokens=900)], ask()) == ["busy", "stale"]
 
 
-def test_step_cost_rounds_up_and_extrapolates() -> None:
-    table = view(step_costs=COSTS)
-    assert [step_cost(table, rows) for rows in (1, 2, 8, 64, 512)] == [0.040, 0.045, 0.045, 0.095, 0.600]
-    assert step_cost(table, 1024) == pytest.approx(1.2)
+def test_budgets_split_replicas_and_load_orders_each_part() -> None:
+    """All loads of three replicas and all budgets: met before missed, the least loaded of the met, the least late of the missed."""
+    loads = [{"running": 0}, {"running": 3}, {"running": 4, "queued": 2, "queued_tokens": 900}]
+    budgets = itertools.product((None, 30.0, 130.0, 1e5), (None, 20.0, 44.0, 1e4))
+    kinds = set()
+    for ttft_ms, tpot_ms in budgets:
+        for chosen in itertools.product(loads, repeat=3):
+            views = [view(f"v{i}", step_costs=COSTS, **load) for i, load in enumerate(chosen)]
+            order = ranked(views, ask(ttft_ms=ttft_ms, tpot_ms=tpot_ms))
+            assert [p.is_late for p in order] == sorted(p.is_late for p in order)
+            met = [p.ttft_s for p in order if not p.is_late]
+            missed = [p.lateness for p in order if p.is_late]
+            assert met == sorted(met)
+            assert missed == sorted(missed)
+            kinds.add((bool(met), bool(missed)))
+    assert kinds == {(True, False), (True, True), (False, True)}, "all three cases came up"
 
 
-def test_admission_is_exact() -> None:
-    for in_flight, wanted, limit, waiting in itertools.product(range(6), range(1, 4), range(4), range(3)):
-        fits = in_flight + wanted <= limit + waiting
-        try:
-            admit(wanted, in_flight, limit, waiting, finished_per_s=1.0)
-        except Overloaded:
-            assert not fits
-        else:
-            assert fits
+def test_the_budget_wins_over_the_load() -> None:
+    """More work in line, but fewer places: a token costs less there."""
+    crowded = view("crowded", running=40, max_running=64, step_costs=COSTS)
+    narrow = view("narrow", running=2, queued_tokens=600, step_costs=COSTS)
+    assert ids([crowded, narrow], ask(num_tokens=10))[0] == "crowded"
+    assert ids([crowded, narrow], ask(num_tokens=10, tpot_ms=50))[0] == "narrow"
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(0.0, MAX_RETRY_AFTER_S), (100.0, 1.0), (0.5, 8.0), (1e-9, MAX_RETRY_AFTER_S)])
-def test_retry_after_follows_the_rate(rate: float, expected: float) -> None:
-    with pytest.raises(Overloaded) as caught:
-        admit(1, 13, 5, 5, finished_per_s=rate)
-    assert caught.value.retry_after_s == expected
+def test_without_a_cost_table_nothing_is_late() -> None:
+    assert not ranked([view(running=4, queued=50, queued_tokens=5000)], ask(ttft_ms=1, tpot_ms=1))[0].is_late
 
 
-def test_capacity_leaves_draining_replicas_out() -> None:
-    assert capacity([view("a"), view("b", draining=True), view("c", max_running=7)]) == 11
+def fleet(count: int, **changes: object) -> list[ReplicaView]:
+    return [view(f"v{i}", step_costs=COSTS, **changes) for i in range(count)]
 
 
-def test_prefixes_are_found_where_they_went() -> None:
-    prompt = list(range(CHUNK_TOKENS * 3 + 5))
-    keys = chunk_keys(prompt)
-    assert len(keys) == 3
-    index = PrefixIndex()
-    index.add(keys[:2], "a")
-    index.add(keys, "b")
-    assert index.hits(keys) == {"a": 2 * CHUNK_TOKENS, "b": 3 * CHUNK_TOKENS}
-    assert index.hits(chunk_keys(prompt, salt="tenant")) == {}
-    assert index.hits(chunk_keys([9, *prompt[1:]])) == {}
-    assert index.hits(chunk_keys([*prompt[:CHUNK_TOKENS], 0, 0, *prompt[CHUNK_TOKENS + 2 :]])) == {"a": CHUNK_TOKENS, "b": CHUNK_TOKENS}
-    index.forget("b")
-    assert index.hits(keys) == {"a": 2 * CHUNK_TOKENS}
-    assert len(index) == 2
+@pytest.mark.parametrize("count", [1, FULL_SCAN, FULL_SCAN + 1, 50, 333])
+def test_every_replica_is_offered_once(count: int) -> None:
+    assert sorted(ids(fleet(count), ask())) == sorted(v.id for v in fleet(count))
 
 
-def test_a_gap_ends_a_hit() -> None:
-    keys = chunk_keys(list(range(CHUNK_TOKENS * 3)))
-    index = PrefixIndex()
-    index.add(keys, "a")
-    index.add([keys[0], keys[2]], "b")
-    assert index.hits(keys) == {"a": 3 * CHUNK_TOKENS, "b": CHUNK_TOKENS}
+def looked_at(views: Sequence[ReplicaView], request: Ask, prefixes: PrefixIndex | None = None) -> tuple[Prediction, list[str]]:
+    """The choice, and the replicas whose views were read for it."""
+    standings = {v.id: Standing(v) for v in views}
+    seen: list[str] = []
+
+    def look(replica_id: str) -> Standing | None:
+        seen.append(replica_id)
+        return standings.get(replica_id)
+
+    return next(choose(request, list(standings), look, prefixes or PrefixIndex())), seen
 
 
-def test_the_index_is_bounded_and_forgets_ends_first() -> None:
-    index = PrefixIndex(capacity=4)
-    first = chunk_keys(list(range(CHUNK_TOKENS * 4)))
-    index.add(first, "a")
-    index.add(chunk_keys([7] * CHUNK_TOKENS * 2), "a")
-    assert len(index) == 4
-    assert index.hits(first) == {"a": 2 * CHUNK_TOKENS}
-    assert len(chunk_keys([0] * CHUNK_TOKENS * (MAX_CHUNKS + 9))) == MAX_CHUNKS
-    assert chunk_keys([0] * (CHUNK_TOKENS - 1)) == []
+def test_few_replicas_of_many_are_compared() -> None:
+    for i in range(50):
+        assert len(looked_at(fleet(FULL_SCAN), ask(f"r{i}"))[1]) == FULL_SCAN
+        assert len(looked_at(fleet(1000), ask(f"r{i}"))[1]) <= DRAWN + DRAWN_HOLDERS
+
+
+def test_the_search_goes_on_until_a_replica_keeps_the_budget() -> None:
+    views = fleet(1000, running=4, queued=9, queued_tokens=900)
+    for i in range(0, 1000, 20):
+        views[i] = view(f"v{i}", step_costs=COSTS)
+    found = [looked_at(views, ask(f"r{i}", ttft_ms=200)) for i in range(60)]
+    assert sum(not choice.is_late for choice, _ in found) > 40, "one of twenty: a search of 32 finds it four times of five"
+    assert max(len(seen) for _, seen in found) < SEARCH + FULL_SCAN
+    assert all(len(looked_at(views, ask(f"r{i}"))[1]) <= DRAWN + DRAWN_HOLDERS for i in range(60)), "no budget, no search"
+
+
+def test_two_choices_spread_nearly_as_well_as_all() -> None:
+    sent: dict[str, Sent] = {}
+    views = [view(f"v{i}", max_running=64, step_costs=COSTS) for i in range(100)]
+    standings = {v.id: v for v in views}
+    for i in range(2000):
+        best = next(choose(ask(f"r{i}", 20), list(standings), lambda n: Standing(standings[n], sent.get(n, Sent())), PrefixIndex()))
+        load = sent.get(best.replica_id, Sent())
+        sent[best.replica_id] = Sent(load.requests + 1, load.tokens + 20)
+    loads = [sent.get(name, Sent()).requests for name in standings]
+    assert sum(loads) == 2000
+    assert max(loads) <= 24, "of 20 on average; drawn blindly the fullest would have over 30"
+
+
+def test_the_holder_of_a_prefix_is_found_among_many() -> None:
+    prompt = tuple(range(CHUNK_TOKENS * 6))
+    request = ask(num_tokens=len(prompt), keys=tuple(chunk_keys(prompt)))
+    held = holding("v700", request.keys)
+    held.add(request.keys[:1], "v3")
+    assert all(looked_at(fleet(1000), dataclasses.replace(request, id=f"r{i}"), held)[0].replica_id == "v700" for i in range(20))
+    held.add(request.keys, "gone")  # the index may name a replica that has left
+    assert looked_at(fleet(1000), request, held)[0].replica_id in {v.id for v in fleet(1000)}

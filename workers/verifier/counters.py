@@ -29,6 +29,8 @@ class EngineCounters:
     accepted: int = 0
     generated: int = 0
     accepted_lengths: list[int] = field(default_factory=list)  # [k]: rounds that verified drafts and accepted k
+    drafts_asked: int = 0  # of the drafter, one a request and step
+    drafts_arrived: int = 0  # in time, and for the tokens that were known by then
     shadow_accepted: int = 0  # of shadow rounds that were trimmed: what verifying and committing everything would have accepted
     budget: int = 0  # drafted tokens that plans admitted
     windows: list[int] = field(default_factory=list)  # [k]: rounds that verified k drafted tokens
@@ -50,11 +52,6 @@ class EngineCounters:
         self.accepted_lengths[accepted] += drafted > 0
         self.by_rule[rule].drafted += drafted
         self.by_rule[rule].accepted += accepted
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Tokens committed a round and request, rounds without drafts included: what predicts how long a request takes."""
-        return 1.0 + self.accepted / self.rounds if self.rounds else 1.0
 
     def accepted_by_position(self) -> dict[str, int]:
         """How often the drafted token at each position was accepted, as labelled counters; position 0 is the first of a draft."""

@@ -77,6 +77,7 @@ class DraftPlanner:
     looks_back: bool = False
     speculation_limit: float = 1.0
     budget: int = 0  # drafted tokens that the last plan admitted
+    is_paused: bool = False  # whether adaptive requests decode plainly now
     _drafts_a_row: float = 0.0  # running mean
     _last_depth: int = 0
     _history: deque[Ranking] = field(default_factory=lambda: deque(maxlen=LAG))
@@ -104,12 +105,14 @@ class DraftPlanner:
         rows = [s for s in sequences if s.num_pending == 1]
         drafting = [s for s in rows if s.speculation.mode is Mode.ADAPTIVE]
         if self.costs is None or not drafting or not most:
+            self.is_paused = not most
             return most
         context = sum(s.num_computed for s in rows)
         shape = StepShape(len(rows), 0, context)
         seconds = shape.seconds(self.costs, len(drafting) * self.policy.block_size)
         share = context * len(drafting) // len(rows)
         self._last_depth = min(most, self.policy.depth(len(rows), len(drafting), share, self.costs.table, seconds))
+        self.is_paused = not self._last_depth
         return self._last_depth
 
     def typical_seconds(self, num_rows: int, context: int) -> float:

@@ -217,11 +217,13 @@ class Engine:
     def _collect(self) -> tuple[int, int]:
         """Attach the drafts that are ready; a stale or missing one is no draft. Returns how many were asked for, how deep."""
         want = {s.id: s.drafts_wanted for s in self.scheduler.chosen if s.drafts_wanted}
+        self.counters.drafts_asked += len(want)
         drafts: dict[str, DraftTree] = self.drafter.collect(want, self.options.draft_wait_s) if want else {}
         for sequence in self.scheduler.chosen:
             draft = drafts.get(sequence.id)
             is_fresh = draft is not None and draft.base_len == sequence.num_known
             sequence.draft = draft.first(sequence.drafts_wanted) if draft is not None and is_fresh else None
+            self.counters.drafts_arrived += is_fresh
         return len(want), max((s.draft_depth for s in self.scheduler.chosen), default=0)
 
     def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:

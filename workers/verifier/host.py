@@ -6,6 +6,7 @@ Everything that touches the engine runs on that thread; callers leave requests a
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -13,12 +14,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from dspark.errors import BadRequest, DSparkError, WorkerLost
-from dspark.types import Finish, ReplicaView, Request, StepOutcome
+from dspark.types import Finish, ReplicaView, Request, SpeculationState, StepOutcome
+from dspark.workers.verifier.activity import RecentDrafts
 from dspark.workers.verifier.engine import Engine, abort_outcome
+from dspark.workers.verifier.sequence import Sequence as Waiting
 
 log = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[StepOutcome]], None]
+MAX_PRIORITIES = 16  # told apart in a view
 STALL_S = 60.0  # queued work without a finished step for this long is unhealthy
 
 
@@ -36,6 +40,7 @@ class EngineHost:
         self._draining = False
         self._failure: BaseException | None = None
         self._last_progress = time.monotonic()
+        self._recent = RecentDrafts()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -73,23 +78,40 @@ class EngineHost:
             return False
         return not self._sinks or time.monotonic() - self._last_progress < self.stall_s
 
+    def tune(self, speculation_limit: float) -> None:
+        """Let adaptive requests verify at most this share of their drafts, from the next step on."""
+        self.engine.drafts.speculation_limit = speculation_limit
+
     def view(self, replica_id: str, address: str) -> ReplicaView:
         """What a router may know of this replica now."""
         engine = self.engine
-        waiting = list(engine.scheduler.waiting)
-        costs = engine.drafts.costs
+        waiting, running = list(engine.scheduler.waiting), list(engine.scheduler.running)
+        costs = None if engine.drafts.costs is None else engine.drafts.costs.table
+        context = sum(s.num_known for s in running) / len(running) if running else 0.0
+        depth = engine.drafter.block_size * engine.drafts.speculation_limit
+        self._recent.update(engine)
         return ReplicaView(
             id=replica_id,
             address=address,
             queued=self._num_queued + len(waiting),
-            running=len(engine.scheduler.running),
+            running=len(running),
             max_running=engine.options.limits.max_num_seqs,
-            queued_tokens=sum(s.num_pending for s in waiting),
+            queued_tokens=sum(s.num_pending for s in waiting) + sum(s.num_pending - 1 for s in running if s.num_pending > 1),
             free_blocks=engine.pool.num_free,
             num_blocks=engine.pool.num_blocks,
             draining=self._draining or self._closing,
-            tokens_per_round=engine.counters.tokens_per_round,
-            step_costs=() if costs is None else tuple(zip(costs.table.verify.sizes, costs.table.verify.seconds, strict=True)),
+            tokens_per_round=self._recent.tokens_per_round,
+            step_costs=() if costs is None else tuple(zip(costs.verify.sizes, costs.verify.seconds, strict=True)),
+            prefill_token_s=0.0 if costs is None else costs.prefill_s,
+            context_row_s=0.0 if costs is None else costs.verify_context_s * context,
+            draft_costs=()
+            if costs is None
+            else tuple((n, costs.draft_seconds(n, math.ceil(depth), int(n * context))) for n in costs.draft.sizes),
+            drafted_per_round=self._recent.drafted_per_round,
+            max_step_tokens=engine.options.limits.max_batch_tokens,
+            waiting=_by_priority(waiting),
+            speculation=self._recent.state(engine),
+            speculation_limit=engine.drafts.speculation_limit,
         )
 
     def stats(self) -> dict[str, float]:
@@ -112,6 +134,10 @@ class EngineHost:
             "draft_tokens_total": counters.drafted,
             "accepted_tokens_total": counters.accepted,
             "generation_tokens_total": counters.generated,
+            "drafts_asked_total": counters.drafts_asked,
+            "drafts_arrived_total": counters.drafts_arrived,
+            "speculation_limit": engine.drafts.speculation_limit,
+            "speculation_active": float(self._recent.state(engine) is SpeculationState.ACTIVE),
             "shadow_accepted_tokens_total": counters.shadow_accepted,
             "draft_budget_tokens_total": counters.budget,
             "left_out_rows_total": scheduler.counters.left_out,
@@ -221,3 +247,15 @@ class EngineHost:
         for request_id, sink in sinks.items():
             sequence = self.engine.sequences.get(request_id)
             sink([abort_outcome(request_id, sequence.num_known if sequence else 0, finish, error)])
+
+
+def _by_priority(waiting: Sequence[Waiting]) -> tuple[tuple[int, int, int], ...]:
+    """(priority, requests, tokens) of the waiting requests, most urgent first; the least urgent ones share the last place."""
+    counts: dict[int, tuple[int, int]] = {}
+    for sequence in sorted(waiting, key=lambda s: s.request.priority):
+        priority = sequence.request.priority
+        if priority not in counts and len(counts) == MAX_PRIORITIES:
+            priority = max(counts)
+        requests, tokens = counts.get(priority, (0, 0))
+        counts[priority] = (requests + 1, tokens + sequence.num_pending)
+    return tuple((priority, requests, tokens) for priority, (requests, tokens) in counts.items())

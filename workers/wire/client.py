@@ -14,11 +14,13 @@ from dspark.workers.wire.codec import (
     MAX_DOWN_BYTES,
     MAX_UP_BYTES,
     PROTOCOL,
+    Tune,
     WireError,
     error_from_wire,
     outcomes_from_wire,
     request_to_wire,
     status_from_wire,
+    tune_to_wire,
 )
 from dspark.workers.wire.dspark_pb2_grpc import VerifierStub
 from dspark.workers.wire.link import Link
@@ -83,6 +85,9 @@ class GrpcLink(Link):
 
     def _send_cancel(self, request_id: str) -> None:
         self._outbox.put_nowait(pb.Up(cancel=pb.Cancel(ids=[request_id])))
+
+    def _send_tune(self, tune: Tune) -> None:
+        self._outbox.put_nowait(pb.Up(tune=tune_to_wire(tune)))
 
     def _check_welcome(self, message: object) -> None:
         if not isinstance(message, pb.Down):

@@ -15,10 +15,10 @@ from typing import Final
 from dspark import errors
 from dspark.errors import BadRequest, DSparkError, Overloaded, ProtocolMismatch
 from dspark.sampling import AcceptanceRule, SamplingParams
-from dspark.types import Finish, LatencyBudget, ReplicaView, Request, Speculation, StepOutcome, TokenLogprob
+from dspark.types import Finish, LatencyBudget, ReplicaView, Request, Speculation, SpeculationState, StepOutcome, TokenLogprob
 from dspark.workers.wire import dspark_pb2 as pb
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_UP_BYTES: Final = 16 * 2**20  # one Submit: a million tokens of five bytes, and room
 MAX_DOWN_BYTES: Final = 64 * 2**20  # prompt log-probabilities of a long prompt with 20 alternatives each
 MAX_ID_CHARS: Final = 128
@@ -28,6 +28,8 @@ MAX_PROMPT_TOKENS: Final = 2**20
 MAX_CANCELS: Final = 4096
 MAX_DIGEST: Final = 65536
 MAX_STATS: Final = 2048  # a verifier tells the load of each of its experts
+MAX_WAITING: Final = 64  # priorities told apart in a view
+MAX_WANTED: Final = 65536
 TOKEN_LIMIT: Final = 2**31
 
 _ERRORS: Final[Mapping[str, type[DSparkError]]] = {
@@ -46,6 +48,17 @@ _ERRORS: Final[Mapping[str, type[DSparkError]]] = {
 
 class WireError(ProtocolMismatch):
     """A message that breaks the protocol; the session it came on is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tune:
+    """What a router decided for the cluster: the share of the longest draft that may be verified, and how many verifiers it wants.
+
+    ``wanted_verifiers`` 0 is no opinion.
+    """
+
+    speculation_limit: float = 1.0
+    wanted_verifiers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,16 +305,21 @@ def status_to_wire(status: Status) -> pb.View:
         budgets_met=view.budgets_met,
         healthy=status.healthy,
         stats=status.stats,
+        draft_requests=[requests for requests, _ in view.draft_costs],
+        draft_costs=[cost for _, cost in view.draft_costs],
+        prefill_token_s=view.prefill_token_s,
+        context_row_s=view.context_row_s,
+        drafted_per_round=view.drafted_per_round,
+        max_step_tokens=view.max_step_tokens,
+        waiting=[pb.Waiting(priority=priority, requests=requests, tokens=tokens) for priority, requests, tokens in view.waiting],
+        speculation=view.speculation,
+        speculation_limit=view.speculation_limit,
     )
 
 
 def status_from_wire(message: pb.View, replica_id: str, address: str) -> Status:
     """A checked status of the replica at the other end; WireError when it contradicts itself."""
-    if len(message.step_tokens) != len(message.step_costs) or len(message.prefix_digest) > MAX_DIGEST or len(message.stats) > MAX_STATS:
-        raise WireError("malformed view")
-    numbers = (message.tokens_per_round, message.budgets_met, *message.step_costs, *message.stats.values())
-    if not all(math.isfinite(number) for number in numbers):
-        raise WireError("a number of the view is not finite")
+    _check_view(message)
     view = ReplicaView(
         id=replica_id,
         address=address,
@@ -316,8 +334,50 @@ def status_from_wire(message: pb.View, replica_id: str, address: str) -> Status:
         step_costs=tuple(zip(message.step_tokens, message.step_costs, strict=True)),
         prefix_digest=frozenset(message.prefix_digest),
         budgets_met=message.budgets_met,
+        draft_costs=tuple(zip(message.draft_requests, message.draft_costs, strict=True)),
+        prefill_token_s=message.prefill_token_s,
+        context_row_s=message.context_row_s,
+        drafted_per_round=message.drafted_per_round,
+        max_step_tokens=message.max_step_tokens,
+        waiting=tuple((entry.priority, entry.requests, entry.tokens) for entry in message.waiting),
+        speculation=_speculation_state(message.speculation),
+        speculation_limit=message.speculation_limit,
     )
     return Status(view, message.healthy, dict(message.stats))
+
+
+def _check_view(message: pb.View) -> None:
+    if len(message.step_tokens) != len(message.step_costs) or len(message.draft_requests) != len(message.draft_costs):
+        raise WireError("a cost table of the view has sizes without costs, or costs without sizes")
+    if len(message.prefix_digest) > MAX_DIGEST or len(message.stats) > MAX_STATS or len(message.waiting) > MAX_WAITING:
+        raise WireError("the view is too large")
+    rates = (message.tokens_per_round, message.drafted_per_round, message.budgets_met, message.speculation_limit)
+    costs = (message.prefill_token_s, message.context_row_s)
+    numbers = (*rates, *costs, *message.step_costs, *message.draft_costs, *message.stats.values())
+    if not all(math.isfinite(number) for number in numbers):
+        raise WireError("a number of the view is not finite")
+
+
+def _speculation_state(text: str) -> SpeculationState:
+    try:
+        return SpeculationState(text)
+    except ValueError as error:
+        raise WireError(f"unknown state of speculation {text[:40]!r}") from error
+
+
+# --- decisions ---
+
+
+def tune_to_wire(tune: Tune) -> pb.Tune:
+    """The message of a decision."""
+    return pb.Tune(speculation_limit=tune.speculation_limit, wanted_verifiers=tune.wanted_verifiers)
+
+
+def tune_from_wire(message: pb.Tune) -> Tune:
+    """A checked decision; WireError when it is out of range."""
+    if not 0 <= message.speculation_limit <= 1 or message.wanted_verifiers > MAX_WANTED:
+        raise WireError("a decision out of range")
+    return Tune(message.speculation_limit, message.wanted_verifiers)
 
 
 # --- errors ---

@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Up(_message.Message):
-    __slots__ = ("hello", "submit", "cancel")
+    __slots__ = ("hello", "submit", "cancel", "tune")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TUNE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Request
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    tune: Tune
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Request, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tune: _Optional[_Union[Tune, _Mapping]] = ...) -> None: ...
 
 class Down(_message.Message):
     __slots__ = ("welcome", "accepted", "rejected", "outcomes", "view")
@@ -131,6 +133,14 @@ class Cancel(_message.Message):
     ids: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class Tune(_message.Message):
+    __slots__ = ("speculation_limit", "wanted_verifiers")
+    SPECULATION_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    WANTED_VERIFIERS_FIELD_NUMBER: _ClassVar[int]
+    speculation_limit: float
+    wanted_verifiers: int
+    def __init__(self, speculation_limit: _Optional[float] = ..., wanted_verifiers: _Optional[int] = ...) -> None: ...
+
 class Accepted(_message.Message):
     __slots__ = ("id",)
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -208,7 +218,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class View(_message.Message):
-    __slots__ = ("queued", "running", "max_running", "queued_tokens", "free_blocks", "num_blocks", "draining", "tokens_per_round", "step_tokens", "step_costs", "prefix_digest", "budgets_met", "healthy", "stats")
+    __slots__ = ("queued", "running", "max_running", "queued_tokens", "free_blocks", "num_blocks", "draining", "tokens_per_round", "step_tokens", "step_costs", "prefix_digest", "budgets_met", "healthy", "stats", "draft_requests", "draft_costs", "drafted_per_round", "max_step_tokens", "waiting", "speculation", "speculation_limit", "prefill_token_s", "context_row_s")
     class StatsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +240,15 @@ class View(_message.Message):
     BUDGETS_MET_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_COSTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_PER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_ROW_S_FIELD_NUMBER: _ClassVar[int]
     queued: int
     running: int
     max_running: int
@@ -244,4 +263,23 @@ class View(_message.Message):
     budgets_met: float
     healthy: bool
     stats: _containers.ScalarMap[str, float]
-    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., tokens_per_round: _Optional[float] = ..., step_tokens: _Optional[_Iterable[int]] = ..., step_costs: _Optional[_Iterable[float]] = ..., prefix_digest: _Optional[_Iterable[int]] = ..., budgets_met: _Optional[float] = ..., healthy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    draft_requests: _containers.RepeatedScalarFieldContainer[int]
+    draft_costs: _containers.RepeatedScalarFieldContainer[float]
+    drafted_per_round: float
+    max_step_tokens: int
+    waiting: _containers.RepeatedCompositeFieldContainer[Waiting]
+    speculation: str
+    speculation_limit: float
+    prefill_token_s: float
+    context_row_s: float
+    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., tokens_per_round: _Optional[float] = ..., step_tokens: _Optional[_Iterable[int]] = ..., step_costs: _Optional[_Iterable[float]] = ..., prefix_digest: _Optional[_Iterable[int]] = ..., budgets_met: _Optional[float] = ..., healthy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, float]] = ..., draft_requests: _Optional[_Iterable[int]] = ..., draft_costs: _Optional[_Iterable[float]] = ..., drafted_per_round: _Optional[float] = ..., max_step_tokens: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[Waiting, _Mapping]]] = ..., speculation: _Optional[str] = ..., speculation_limit: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., context_row_s: _Optional[float] = ...) -> None: ...
+
+class Waiting(_message.Message):
+    __slots__ = ("priority", "requests", "tokens")
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    priority: int
+    requests: int
+    tokens: int
+    def __init__(self, priority: _Optional[int] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...

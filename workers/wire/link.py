@@ -13,7 +13,7 @@ from typing import Protocol
 
 from dspark.errors import DSparkError, WorkerLost
 from dspark.types import ReplicaView, Request, StepOutcome
-from dspark.workers.wire.codec import Status
+from dspark.workers.wire.codec import Status, Tune
 
 ACCEPT_TIMEOUT_S = 15.0  # a verifier answers a Submit from its event loop, without waiting for the engine
 
@@ -41,6 +41,9 @@ class Host(Protocol):
 
     def is_healthy(self) -> bool:
         """False when work is queued and nothing has moved for too long."""
+
+    def tune(self, speculation_limit: float) -> None:
+        """Verify at most this share of the longest draft from now on."""
 
 
 class Flight:
@@ -73,6 +76,10 @@ class Flight:
             raise item
         self._done = item.finish is not None
         return item
+
+    @property
+    def replica_id(self) -> str:
+        return self._link.replica_id
 
     async def accepted(self) -> None:
         """Return once the verifier has queued the request; raises its refusal, or ``WorkerLost``."""
@@ -123,6 +130,9 @@ class Link(ABC):
     @abstractmethod
     def _send_cancel(self, request_id: str) -> None: ...
 
+    @abstractmethod
+    def _send_tune(self, tune: Tune) -> None: ...
+
     @property
     def in_flight(self) -> int:
         """Requests of this router that are at this verifier."""
@@ -141,6 +151,11 @@ class Link(ABC):
             return None
         age_s = asyncio.get_running_loop().time() - self._heard_s
         return dataclasses.replace(self._status, view=dataclasses.replace(self._status.view, age_s=age_s))
+
+    def tune(self, tune: Tune) -> None:
+        """Hand a decision to the verifier; a closed link drops it."""
+        if self.is_open:
+            self._send_tune(tune)
 
     async def submit(self, request: Request) -> Flight:
         """Send a request and wait until it is queued; ``BadRequest``, ``Overloaded`` or ``WorkerLost`` if it is not."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dspark.errors import DSparkError, WorkerLost
 from dspark.types import Request, StepOutcome
-from dspark.workers.wire.codec import Status
+from dspark.workers.wire.codec import Status, Tune
 from dspark.workers.wire.link import Host, Link
 
 VIEW_PERIOD_S = 0.05
@@ -58,6 +58,9 @@ class LocalLink(Link):
     def _send_cancel(self, request_id: str) -> None:
         self._running.discard(request_id)
         self._host.cancel(request_id)
+
+    def _send_tune(self, tune: Tune) -> None:
+        self._host.tune(tune.speculation_limit)
 
     def _sink(self, outcomes: Sequence[StepOutcome]) -> None:
         if self._loop is None:

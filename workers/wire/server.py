@@ -26,12 +26,14 @@ from dspark.workers.wire.codec import (
     MAX_UP_BYTES,
     PROTOCOL,
     Status,
+    Tune,
     WireError,
     check_id,
     error_to_wire,
     outcomes_to_wire,
     request_from_wire,
     status_to_wire,
+    tune_from_wire,
 )
 from dspark.workers.wire.dspark_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
 from dspark.workers.wire.link import Host
@@ -58,6 +60,7 @@ class _Session:
         self.ids: set[str] = set()
         self.outbox: asyncio.Queue[pb.Down | None] = asyncio.Queue()
         self.fault: WireError | None = None
+        self.tune = Tune()
         self._host = host
         self._loop = asyncio.get_running_loop()
         self._is_open = True
@@ -177,6 +180,7 @@ class WireServer(VerifierServicer):
         finally:
             self._sessions.discard(session)
             session.close()
+            self._obey()
             reader.cancel()
         if session.fault is not None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(session.fault))
@@ -187,6 +191,15 @@ class WireServer(VerifierServicer):
         if self._is_draining and not view.draining:
             view = dataclasses.replace(view, draining=True)
         return Status(view, self._host.is_healthy(), self._host.stats())
+
+    @property
+    def wanted_verifiers(self) -> int:
+        """The most verifiers that a router wants; 0 when none has said."""
+        return max((session.tune.wanted_verifiers for session in self._sessions), default=0)
+
+    def _obey(self) -> None:
+        """Each router sees its own clients only; the one that is most in need of fast steps decides."""
+        self._host.tune(min((session.tune.speculation_limit for session in self._sessions), default=1.0))
 
     async def _check_token(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         sent = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
@@ -227,6 +240,9 @@ class WireServer(VerifierServicer):
                 session.submit(message.submit, self._is_draining)
             case "cancel":
                 session.cancel(message.cancel.ids)
+            case "tune":
+                session.tune = tune_from_wire(message.tune)
+                self._obey()
             case kind:
                 raise WireError(f"unexpected message {kind!r}")
 

@@ -43,6 +43,7 @@ class ReplicaCount:
         self._blocked_until_s = float("-inf")
         self._astray_since_s: float | None = None
         self._spare_since_s: float | None = None
+        self._gave_up = False
 
     def is_blocked(self, now_s: float) -> bool:
         """Whether replicas did not come lately, so that asking for more is of no use."""
@@ -53,6 +54,7 @@ class ReplicaCount:
         if not self.wanted:
             self._set(self._bounded(present), now_s)
         if present == self.wanted:
+            self._gave_up = False
             if self._astray_since_s is not None:
                 self.changed_s, self._astray_since_s = now_s, None  # what was seen while it changed is not of this count
             return None
@@ -60,9 +62,9 @@ class ReplicaCount:
         if self._astray_since_s is None:
             self._astray_since_s = now_s
         if now_s - self._astray_since_s < self.rules.start_timeout_s:
-            return ScalingState.UNSCHEDULABLE if present < self.wanted and self.is_blocked(now_s) else ScalingState.SCALING
+            return ScalingState.UNSCHEDULABLE if present < self.wanted and self._gave_up else ScalingState.SCALING
         if present < self.wanted:
-            self._blocked_until_s = now_s + self.rules.start_timeout_s
+            self._blocked_until_s, self._gave_up = now_s + self.rules.start_timeout_s, True
         self._astray_since_s = None
         state = ScalingState.UNSCHEDULABLE if present < self.wanted else ScalingState.SCALING
         self._set(self._bounded(present), now_s)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from dspark.router.outlook import Drafting, Load, is_met, loaded, mean_view, share_met
@@ -25,8 +25,11 @@ from dspark.types import LatencyBudget, ReplicaView
 MAX_REPORT_AGE_S: Final = 10.0
 LIMITS: Final = (1.0, 0.75, 0.5, 0.25, 0.0)  # of speculation
 NOTICEABLE: Final = 0.02  # gain in the share met below which a change is not worth its trouble
+RATE_SPAN_S: Final = 5.0
+FALLING: Final = 0.95  # of the load before it
 FAILED_RATE_SHARE: Final = 0.8  # a count that failed is tried again under this share of the rate at which it failed
-FAILED_MEMORY: Final = 20.0  # down cooldowns after which a failure is forgotten: requests change
+FAILED_MEMORY: Final = 10.0  # down cooldowns after which a failed count may be tried again, doubled each time that it fails
+MAX_DOUBLINGS: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,19 @@ class _Seen:
     met: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A count that was too small, or a limit that was too high: when, at how many requests a second, and how often before."""
+
+    at_s: float
+    ended_per_s: float
+    times: int
+
+
+def _failure(before: _Failure | None, now_s: float, seen: _Seen) -> _Failure:
+    return _Failure(now_s, seen.ended_per_s, 0 if before is None else min(before.times + 1, MAX_DOUBLINGS))
+
+
 class VerifierScaler:
     """Call ``decide`` about once a second with all that came since the last call."""
 
@@ -81,9 +97,11 @@ class VerifierScaler:
         self.count = ReplicaCount(rules.count)
         self.limit = 1.0
         self._limit_changed_s = float("-inf")
+        self._judged_from_s = float("-inf")  # requests that came before are not this count's fault
         self._samples: deque[tuple[float, Sample]] = deque()  # when each came
         self._loads: deque[tuple[float, Load]] = deque()
-        self._failed: dict[int, tuple[float, float]] = {}  # count: when it failed, and at how many requests a second
+        self._failed: dict[int, _Failure] = {}  # by count
+        self._failed_limits: dict[float, _Failure] = {}
         self._drafting: Drafting | None = None
 
     def decide(self, now_s: float, reports: Sequence[Report], samples: Sequence[Sample]) -> Decision:
@@ -96,9 +114,14 @@ class VerifierScaler:
             return self._hold(ScalingState.BLIND, f"no word of {names}")
         state = self.count.observe(len(present), now_s)
         if state is not None:
+            self._note_pressure(now_s, len(present))
             return self._hold(state, f"{len(present)} verifiers are there, {self.count.wanted} are wanted")
         seen = self._look(now_s, present, samples)
         if len(seen.samples) >= self.rules.min_samples and seen.met < self.rules.target_met:
+            if self._load_falls(now_s):
+                self._judged_from_s = now_s
+                self.count.shrink_if_spare(False, now_s)
+                return self._hold(ScalingState.SETTLING, f"{seen.met:.0%} of requests kept their budgets; the load is falling", seen.met)
             return self._help(now_s, seen)
         return self._spare(now_s, seen)
 
@@ -115,7 +138,7 @@ class VerifierScaler:
 
     def _look(self, now_s: float, present: Sequence[Report], samples: Sequence[Sample]) -> _Seen:
         """The window since the last change of anything."""
-        since_s = max(self.count.changed_s, self._limit_changed_s, now_s - self.rules.window_s)
+        since_s = max(self.count.changed_s, self._limit_changed_s, self._judged_from_s, now_s - self.rules.window_s)
         ended = [sample for _, sample in self._samples if sample.arrived_s >= since_s]
         default = self.rules.default_budget
         waiting = [s for s in samples if not s.ended and s.arrived_s >= since_s and not is_met(s, default)]
@@ -131,18 +154,33 @@ class VerifierScaler:
             met=sum(is_met(sample, default) for sample in counted) / len(counted) if counted else 1.0,
         )
 
+    def _note_pressure(self, now_s: float, present: int) -> None:
+        """A count that failed goes on failing until help has come: the most that it did meanwhile is the rate at which it fails."""
+        failure = self._failed.get(present)
+        if failure is not None and present < self.count.wanted:
+            since_s = max(failure.at_s, now_s - RATE_SPAN_S)
+            ended = sum(at_s > since_s for at_s, _ in self._samples)
+            rate = max(failure.ended_per_s, ended / RATE_SPAN_S)
+            self._failed[present] = replace(failure, ended_per_s=rate)
+
+    def _load_falls(self, now_s: float) -> bool:
+        """Whether requests in the system get fewer, as while a new verifier works off what had piled up before it came."""
+        since_s = max(self.count.changed_s, now_s - self.rules.count.up_cooldown_s)
+        rows = [load.rows for at_s, load in self._loads if at_s >= since_s]
+        half = len(rows) // 2
+        return half > 1 and sum(rows[-half:]) < FALLING * sum(rows[:half])
+
     def _help(self, now_s: float, seen: _Seen) -> Decision:
         """Too few requests keep their budgets."""
         rules, count = self.rules, self.count
-        self._failed[count.wanted] = (now_s, seen.ended_per_s)
         count.shrink_if_spare(False, now_s)
         missed = f"{seen.met:.0%} of {len(seen.samples)} requests kept their budgets"
         is_last_resort = count.wanted >= rules.count.max_count or count.is_blocked(now_s)
         limit, share = self._best_limit(seen)
-        if limit < self.limit and share >= rules.target_met:
+        helps = share >= (seen.met + NOTICEABLE if is_last_resort else rules.target_met)
+        if limit < self.limit and helps:
+            self._failed_limits[self.limit] = _failure(self._failed_limits.get(self.limit), now_s, seen)
             return self._set_limit(limit, now_s, seen, f"{missed}; {share:.0%} are expected with speculation at {limit:g}")
-        if is_last_resort and limit < self.limit and share >= seen.met + NOTICEABLE:
-            return self._set_limit(limit, now_s, seen, f"{missed}, and no verifier can be added; speculation goes to {limit:g}")
         if count.is_blocked(now_s):
             return self._hold(ScalingState.UNSCHEDULABLE, f"{missed}; the last verifier that was asked for did not come", seen.met)
         if is_last_resort:
@@ -150,8 +188,10 @@ class VerifierScaler:
         if not count.may_grow(now_s):
             return self._hold(ScalingState.SETTLING, f"{missed}; the last change is too young", seen.met)
         wanted, share = self._enough(seen)
-        if share < seen.met + NOTICEABLE:
+        is_saturated = seen.load.rows > seen.view.max_running  # then one more helps, whatever a steady state would say
+        if share < seen.met + NOTICEABLE and not is_saturated:
             return self._hold(ScalingState.NO_GAIN, f"{missed}; more verifiers would not help", seen.met)
+        self._failed[count.wanted] = _failure(self._failed.get(count.wanted), now_s, seen)
         count.grow(wanted, now_s)
         return self._hold(ScalingState.SCALING, f"{missed}; {share:.0%} are expected of {wanted} verifiers", seen.met)
 
@@ -163,13 +203,14 @@ class VerifierScaler:
         met = seen.met if enough else None
         if self.limit < 1.0 and now_s - self._limit_changed_s >= rules.count.up_cooldown_s and seen.met >= rules.target_met:
             higher = LIMITS[LIMITS.index(self.limit) - 1]
-            if self._share_at(seen, limit=higher) >= comfortable:
+            if self._share_at(seen, limit=higher) >= comfortable and not self._failed_near(self._failed_limits.get(higher), seen, now_s):
                 return self._set_limit(higher, now_s, seen, f"budgets are kept; speculation goes to {higher:g}")
         fewer = count.wanted - 1
         can_do_without = (
             fewer >= rules.count.min_count
             and seen.met >= rules.target_met
-            and not self._failed_near(fewer, seen.ended_per_s, now_s)
+            and not self._failed_near(self._failed.get(fewer), seen, now_s)
+            and not loaded(seen.view, seen.load, count.wanted / fewer).queued
             and self._share_at(seen, count.wanted / fewer) >= comfortable
         )
         if count.shrink_if_spare(can_do_without, now_s):
@@ -201,11 +242,11 @@ class VerifierScaler:
         limited = seen.view if limit is None or self._drafting is None else self._drafting.limited(seen.view, limit)
         return share_met(seen.samples, self.rules.default_budget, now, loaded(limited, seen.load, factor))
 
-    def _failed_near(self, count: int, ended_per_s: float, now_s: float) -> bool:
-        failed_s, rate = self._failed.get(count, (float("-inf"), 0.0))
-        if now_s - failed_s > FAILED_MEMORY * self.rules.count.down_cooldown_s:
+    def _failed_near(self, failure: _Failure | None, seen: _Seen, now_s: float) -> bool:
+        """Whether something failed not long ago under nearly the present load."""
+        if failure is None or now_s - failure.at_s > FAILED_MEMORY * 2**failure.times * self.rules.count.down_cooldown_s:
             return False
-        return ended_per_s > FAILED_RATE_SHARE * rate
+        return seen.ended_per_s > FAILED_RATE_SHARE * failure.ended_per_s
 
     def _set_limit(self, limit: float, now_s: float, seen: _Seen, reason: str) -> Decision:
         self.limit, self._limit_changed_s = limit, now_s

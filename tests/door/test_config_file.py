@@ -76,7 +76,7 @@ def test_service_classes_are_a_section_of_a_file_or_json_elsewhere(tmp_path: Pat
 BAD_FILES = {
     "unknown key of a class": (
         "service_classes: {chat: {tttf_ms: 5}}",
-        r"unknown key service_classes.chat.tttf_ms .*did you mean ttft_ms\?",
+        r"unknown key service_classes.chat.tttf_ms .*you mean ttft_ms\?",
     ),
     "budget of a class": ("service_classes: {chat: {ttft_ms: 0}}", r"service_classes.chat.ttft_ms: should be greater than 0"),
     "name of a class": ("service_classes: {a b: {ttft_ms: 5}}", r"service_classes.a b.*should match"),

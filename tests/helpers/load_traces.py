@@ -17,6 +17,7 @@ from dspark.router.scaling import Decision, Report, VerifierScaler
 from dspark.types import LatencyBudget, ReplicaView
 
 OUTPUT_TOKENS = 60.0
+STEP_S = 0.1
 TABLE = tuple((rows, 0.020 + 0.001 * rows) for rows in range(1, 129))
 
 
@@ -38,7 +39,7 @@ class Replica:
 
 @dataclass
 class Trace:
-    """Ticks of one second; ``arrivals(t)`` requests a second, shared among the replicas that are ready."""
+    """Moves in steps of ``STEP_S`` and decides once a second; ``arrivals(t)`` requests a second go to the shortest queue."""
 
     scaler: VerifierScaler
     arrivals: Callable[[float], float]
@@ -47,7 +48,8 @@ class Trace:
     budget: LatencyBudget = field(default_factory=lambda: LatencyBudget(1000, 35))
     start_s: float = 3.0
     capacity: int = 1000  # replicas that can be scheduled
-    slow_start_s: float = 0.0  # a new replica's requests take five times as long for a while
+    slow_start_s: float = 0.0  # a new replica's steps take ``slow_factor`` times as long for a while
+    slow_factor: float = 2.0
     noise: float = 0.0
     drafted: float = 0.0
     accepted: float = 0.0
@@ -76,12 +78,19 @@ class Trace:
         return [r for r in self._all if r.ready_s <= self.now_s and not r.draining]
 
     def _tick(self) -> int:
-        self.now_s += 1.0
-        self._due += self.arrivals(self.now_s)
-        while self._due >= 1.0:
-            self._due -= 1.0
-            min(self._ready, key=lambda r: len(r.requests)).requests.append(Running(self.now_s - self._random.random()))
-        samples = [sample for replica in self._all for sample in self._serve(replica)]
+        samples: list[Sample] = []
+        for _ in range(round(1 / STEP_S)):
+            self.now_s += STEP_S
+            self._due += self.arrivals(self.now_s) * STEP_S
+            while self._due >= 1.0:
+                self._due -= 1.0
+                min(self._ready, key=lambda r: len(r.requests)).requests.append(Running(self.now_s))
+            samples += [sample for replica in self._all for sample in self._serve(replica)]
+        samples += [
+            Sample(replica.id, request.arrived_s, self.budget, self.now_s - request.arrived_s, ended=False)
+            for replica in self._all
+            for request in replica.requests[self.places :]
+        ]
         self._all = [r for r in self._all if not (r.draining and not r.requests)]
         reports = [Report(self._view(r), True, self.now_s - r.ready_s if r.since_s >= 0 else 1e6) for r in self._ready]
         decision = self.scaler.decide(self.now_s, reports, samples)
@@ -99,22 +108,23 @@ class Trace:
             self._all.append(self._new(self.now_s + self.start_s if schedulable else math.inf))
 
     def _serve(self, replica: Replica) -> list[Sample]:
-        """One second of one replica."""
-        running, waiting = replica.requests[: self.places], replica.requests[self.places :]
+        """One step of one replica: the requests that end in it."""
+        running = replica.requests[: self.places]
         limit = self.scaler.limit
         drafted = self.drafted * limit
         step_s = 0.020 + 0.001 * len(running) * (1 + drafted)
         if replica.since_s >= 0 and self.now_s - replica.ready_s < self.slow_start_s:
-            step_s *= 5
+            step_s *= self.slow_factor
         tpot_s = step_s / (1 + self.accepted * (1 - (1 - limit) ** 2)) * (1 + self.noise * (2 * self._random.random() - 1))
         samples = []
         for request in running:
             if request.first_s is None:
-                request.first_s = max(self.now_s - request.arrived_s, 0.0) + 2 * step_s
-            request.left -= 1.0 / tpot_s
+                request.first_s = self.now_s
+            request.left -= STEP_S / tpot_s
             if request.left <= 0:
-                samples.append(Sample(replica.id, request.arrived_s, self.budget, request.first_s - 0.5, tpot_s))
-        samples += [Sample(replica.id, r.arrived_s, self.budget, self.now_s - r.arrived_s, ended=False) for r in waiting]
+                ttft_s = request.first_s - request.arrived_s + 2 * step_s
+                per_token_s = (self.now_s - request.first_s + STEP_S) / OUTPUT_TOKENS
+                samples.append(Sample(replica.id, request.arrived_s, self.budget, ttft_s, per_token_s))
         replica.requests = [request for request in replica.requests if request.left > 0]
         return samples
 

@@ -1,0 +1,108 @@
+"""Draft workers by late drafts and by how busy they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from dspark.router.draft_scaling import DraftDecision, DraftReport, DraftScaler
+from dspark.router.replica_count import CountRules, ScalingState
+
+
+def scaler(**changes: float) -> DraftScaler:
+    rules = {"min_count": 1, "max_count": 6, "up_cooldown_s": 10.0, "down_cooldown_s": 30.0, "start_timeout_s": 60.0} | changes
+    return DraftScaler(CountRules(**rules), window_s=20.0, min_asked=50)  # type: ignore[arg-type]
+
+
+class Drafters:
+    """``work(t)`` busy seconds a second in all; drafts of a worker that is over 80 % busy come late in proportion."""
+
+    def __init__(self, chosen: DraftScaler, work: Callable[[float], float], count: int = 1, can_grow: bool = True) -> None:
+        self.scaler, self.work, self.can_grow = chosen, work, can_grow
+        self.workers = {f"d{i}": [0.0, 0.0, 0.0, 1000.0] for i in range(count)}  # asked, in time, busy, up
+        self.now_s = 0.0
+        self.decisions: list[DraftDecision] = []
+        self._number = count
+
+    def run(self, seconds: int, age_s: float = 0.0) -> list[int]:
+        return [self._tick(age_s) for _ in range(seconds)]
+
+    def _tick(self, age_s: float) -> int:
+        self.now_s += 1.0
+        busy = self.work(self.now_s) / len(self.workers)
+        for state in self.workers.values():
+            state[0] += 20
+            state[1] += 20 * min(1.0, 0.8 / max(busy, 1e-9))
+            state[2] += min(busy, 1.0)
+            state[3] += 1.0
+        reports = [DraftReport(name, *state, age_s) for name, state in self.workers.items()]
+        self.decisions.append(self.scaler.decide(self.now_s, reports))
+        wanted = self.decisions[-1].wanted
+        while len(self.workers) > wanted:
+            self.workers.popitem()
+        while len(self.workers) < wanted and self.can_grow:
+            self._number += 1
+            self.workers[f"d{self._number}"] = [0.0, 0.0, 0.0, 0.0]
+        return len(self.workers)
+
+
+def moves(counts: list[int]) -> list[int]:
+    return [count for count, _ in itertools.groupby(counts)]
+
+
+def test_a_step_of_work_moves_the_count_and_back() -> None:
+    drafters = Drafters(scaler(), lambda t: 1.9 if 50 < t < 200 else 0.3)
+    counts = drafters.run(400)
+    assert max(counts) in (3, 4)
+    assert counts[-1] == 1
+    assert len(moves(counts)) <= 7
+    assert counts[190] == max(counts), "no draft is late with these"
+
+
+@pytest.mark.parametrize("work", [0.4, 0.79, 0.85, 1.0, 1.3, 2.0, 2.6])
+def test_a_constant_load_ends_in_a_constant_count(work: float) -> None:
+    for start in (1, 3, 6):
+        counts = Drafters(scaler(), lambda t: work, start).run(500)
+        assert len(set(counts[300:])) == 1, moves(counts)
+        assert len(moves(counts)) <= 6
+
+
+def test_late_drafts_of_idle_workers_ask_for_nothing() -> None:
+    chosen = scaler()
+    for t in range(1, 60):
+        decision = chosen.decide(float(t), [DraftReport("d", 20.0 * t, 10.0 * t, 0.2 * t, 1000.0)])
+    assert (decision.wanted, decision.state) == (1, ScalingState.NO_GAIN)
+
+
+def test_silence_and_absence_hold() -> None:
+    drafters = Drafters(scaler(), lambda t: 0.1, 3)
+    drafters.run(10)
+    assert set(drafters.run(100, age_s=60.0)) == {3}
+    assert drafters.decisions[-1].state is ScalingState.BLIND
+    assert drafters.scaler.decide(200.0, []).wanted == 3
+
+
+def test_what_cannot_be_scheduled_is_given_up() -> None:
+    drafters = Drafters(scaler(), lambda t: 1.9, can_grow=False)
+    drafters.run(120)
+    states = [decision.state for decision in drafters.decisions]
+    assert ScalingState.UNSCHEDULABLE in states
+    assert drafters.decisions[states.index(ScalingState.UNSCHEDULABLE)].wanted == 1
+
+
+def test_the_limit_is_a_state() -> None:
+    drafters = Drafters(scaler(max_count=2), lambda t: 4.0)
+    assert max(drafters.run(60)) == 2
+    assert drafters.decisions[-1].state is ScalingState.AT_LIMIT
+
+
+def test_a_replaced_worker_starts_counting_anew() -> None:
+    """Its counters fall to zero; that must not read as negative work."""
+    chosen = scaler()
+    chosen.decide(1.0, [DraftReport("d", 5000.0, 5000.0, 900.0, 1000.0)])
+    for t in range(2, 30):
+        decision = chosen.decide(float(t), [DraftReport("d", 20.0 * t, 20.0 * t, 0.1 * t, float(t))])
+        assert "-" not in decision.reason
+        assert decision.wanted == 1

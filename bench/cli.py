@@ -1,4 +1,4 @@
-"""``dspark bench offline | online | mixed | planner | survival | report``: flags in, tables and JSON lines out."""
+"""``dspark bench offline | online | mixed | planner | router | survival | report``: flags in, tables and JSON lines out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from dspark.bench.planner_time import run_planner
 from dspark.bench.plots import draw
 from dspark.bench.report import report
 from dspark.bench.results import offline, read_lines
+from dspark.bench.router import RouterPlan, run_router
 from dspark.bench.runners import Source
 from dspark.bench.server_process import free_port, running, serve_command
 from dspark.bench.survival_replay import FULL, ReplayPlan, run_replay
@@ -178,6 +179,12 @@ def _survival(args: argparse.Namespace) -> int:
     return 0
 
 
+def _router(args: argparse.Namespace) -> int:
+    with _json_out(args.json) as out:
+        run_router(RouterPlan(args.replicas, args.seconds, args.repeats, args.seed), out)
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     records = offline(read_lines(args.files))
     if not records:
@@ -194,6 +201,7 @@ _RUN: Mapping[str, Command] = {
     "online": _online,
     "mixed": _mixed,
     "planner": _planner,
+    "router": _router,
     "survival": _survival,
     "report": _report,
 }

@@ -49,6 +49,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("mixed", _add_mixed, "goodput of mixed traffic: adaptive with and without latency budgets, and plain, on own servers"),
         ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
         ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
+        ("router", _add_router, "routing decisions a second, over made-up replicas"),
         ("report", _add_report, "ratios between the modes in result files, and their curves"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -192,6 +193,14 @@ def _add_survival(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="streams at once (default 16)")
     trim = "learn only from tokens predicted to survive with this probability (default 0,0.3)"
     parser.add_argument("--trim", type=_list_of(_share), default=(0.0, 0.3), metavar="P,Q", help=trim)
+
+
+def _add_router(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--replicas", type=_positive, default=1000, metavar="N", help="default 1000")
+    parser.add_argument("--seconds", type=_over_zero, default=1.0, metavar="S", help="of each case and repeat (default 1)")
+    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="medians are reported (default 5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the made-up replicas and requests (default 0)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a case")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

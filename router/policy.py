@@ -15,13 +15,14 @@ hold the longest part of its prefix: comparing even two random ones does nearly 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Final
 
 from dspark.router.predict import NOTHING_SENT, Ask, Prediction, Sent, predict
-from dspark.router.prefixes import PrefixIndex
+from dspark.router.prefixes import PrefixIndex, tokens_held
 from dspark.types import ReplicaView
 
 MAX_AGE_S: Final = 10.0  # views come four times a second; an older one says little about the load now
@@ -40,6 +41,7 @@ class Standing:
     sent: Sent = NOTHING_SENT
 
 
+_Compared = tuple[Standing, Prediction]
 Look = Callable[[str], Standing | None]  # None: the replica takes no requests now
 
 
@@ -49,44 +51,51 @@ def choose(ask: Ask, replica_ids: Sequence[str], look: Look, prefixes: PrefixInd
     The first one is the choice: if it is late, no replica is known that keeps the budget. Replicas beyond the compared ones
     follow in groups, each ordered by itself: they are for a request that the first ones refuse.
     """
-    compared: list[tuple[Standing, Prediction]] = []
+    holders = prefixes.holders(ask.keys) if ask.keys else ()
+    compared: list[_Compared] = []
     num_seen = 0
-    groups = _groups(ask, replica_ids, prefixes)
+    groups = _groups(ask, replica_ids, holders[-1] if holders else ())
     for group in groups:
         num_seen += len(group)
-        compared += _predictions(ask, group, look, prefixes)
+        compared += _compare(ask, group, look, holders)
         if num_seen >= SEARCH or any(not p.is_late and standing.view.age_s <= MAX_AGE_S for standing, p in compared):
             break
-    yield from _ordered(ask, compared)
+    is_drawn = len(replica_ids) > FULL_SCAN
+    yield from _ordered(ask, compared, is_drawn)
     for group in groups:
-        yield from _ordered(ask, _predictions(ask, group, look, prefixes))
+        yield from _ordered(ask, _compare(ask, group, look, holders), is_drawn)
 
 
-def _predictions(ask: Ask, group: Sequence[str], look: Look, prefixes: PrefixIndex) -> list[tuple[Standing, Prediction]]:
-    standings = [standing for replica_id in group if (standing := look(replica_id)) is not None and not standing.view.draining]
-    hits = prefixes.hits(ask.keys, [standing.view.id for standing in standings]) if ask.keys else {}
-    return [
-        (standing, predict(standing.view, ask, max(ask.num_tokens - hits.get(standing.view.id, 0), 1), standing.sent))
-        for standing in standings
-    ]
+def _compare(ask: Ask, group: Sequence[str], look: Look, holders: Sequence[Collection[str]]) -> list[_Compared]:
+    compared = []
+    for replica_id in group:
+        standing = look(replica_id)
+        if standing is not None and not standing.view.draining:
+            new_tokens = max(ask.num_tokens - tokens_held(holders, replica_id), 1)
+            compared.append((standing, predict(standing.view, ask, new_tokens, standing.sent)))
+    return compared
 
 
-def _ordered(ask: Ask, compared: Sequence[tuple[Standing, Prediction]]) -> list[Prediction]:
-    """Fresh before stale, within the budget before over it, then by load; equal ones by a hash of request and replica.
+def _ordered(ask: Ask, compared: Sequence[_Compared], is_drawn: bool) -> list[Prediction]:
+    """Fresh before stale, within the budget before over it, then by load; equal ones as drawn, or by a hash where none was drawn.
 
-    The hash keeps several routers with the same views from all choosing the same replica.
+    Either way several routers with the same views do not all choose the same replica.
     """
-    if len(compared) == 1:
-        return [compared[0][1]]
     keyed = [
-        (standing.view.age_s > MAX_AGE_S, max(prediction.lateness, 1.0), prediction.ttft_s, _tie(ask.id, prediction.replica_id), prediction)
-        for standing, prediction in compared
+        (
+            standing.view.age_s > MAX_AGE_S,
+            max(prediction.lateness, 1.0),
+            prediction.ttft_s,
+            number if is_drawn else _tie(ask.id, prediction.replica_id),
+            prediction,
+        )
+        for number, (standing, prediction) in enumerate(compared)
     ]
-    keyed.sort(key=lambda entry: entry[:4])
+    keyed.sort(key=itemgetter(0, 1, 2, 3))
     return [entry[4] for entry in keyed]
 
 
-def _groups(ask: Ask, replica_ids: Sequence[str], prefixes: PrefixIndex) -> Iterator[list[str]]:
+def _groups(ask: Ask, replica_ids: Sequence[str], holders: Collection[str]) -> Iterator[list[str]]:
     """All replicas in groups: the drawn ones, then the rest from a drawn place on."""
     count = len(replica_ids)
     if count <= FULL_SCAN:
@@ -95,10 +104,10 @@ def _groups(ask: Ask, replica_ids: Sequence[str], prefixes: PrefixIndex) -> Iter
     draw = hashlib.blake2b(ask.id.encode(), digest_size=4 * (DRAWN + DRAWN_HOLDERS + 1)).digest()
     numbers = [int.from_bytes(draw[i : i + 4], "little") for i in range(0, len(draw), 4)]
     first = {replica_ids[number % count]: None for number in numbers[:DRAWN]}
-    holders = list(islice(prefixes.longest(ask.keys), MAX_HOLDERS))
-    for number in numbers[DRAWN : DRAWN + DRAWN_HOLDERS]:
-        if holders:
-            first[holders[number % len(holders)]] = None
+    if holders:
+        most = min(len(holders), MAX_HOLDERS)
+        for number in numbers[DRAWN : DRAWN + DRAWN_HOLDERS]:
+            first[next(islice(holders, number % most, None))] = None
     yield list(first)
     start = numbers[-1] % count
     rest = (replica_ids[(start + i) % count] for i in range(count))
@@ -107,5 +116,5 @@ def _groups(ask: Ask, replica_ids: Sequence[str], prefixes: PrefixIndex) -> Iter
         yield group
 
 
-def _tie(request_id: str, replica_id: str) -> bytes:
-    return hashlib.blake2b(f"{request_id}\0{replica_id}".encode(), digest_size=8).digest()
+def _tie(request_id: str, replica_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{request_id}\0{replica_id}".encode(), digest_size=8).digest(), "big")

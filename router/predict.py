@@ -89,11 +89,11 @@ def predicted_ttft(view: ReplicaView, new_tokens: int, priority: int, sent: Sent
     decoding = min(ahead, view.max_running)
     room = max(view.max_step_tokens - decoding, 1)
     full_steps, rest = divmod(view.queued_tokens - behind_tokens + sent.tokens + new_tokens, room)
-    seconds = step_seconds(view, decoding, rest)
+    last_s = seconds = step_seconds(view, decoding, rest)
     if full_steps:
         seconds += full_steps * step_seconds(view, decoding, room)
     if view.running:
-        seconds += step_seconds(view, min(view.running, view.max_running), 0) / 2  # of the step that is under way
+        seconds += last_s / 2  # of the step that is under way
     lacks_blocks = new_tokens > view.free_blocks * BLOCK_SIZE
     excess = max(ahead + 1 - view.max_running, int(lacks_blocks))
     return seconds + excess * seconds_per_place(view) if excess > 0 else seconds

@@ -22,33 +22,21 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def hits(self, keys: Sequence[bytes], replica_ids: Sequence[str]) -> dict[str, int]:
-        """Tokens of the prefix that each of these replicas probably holds; replicas without any are absent."""
-        found: dict[str, int] = {}
-        runs: Sequence[str] = replica_ids  # unbroken from the start
-        for position, key in enumerate(keys):
-            holders = self._holders.get(key)
-            if holders is None:
-                break
-            runs = [replica_id for replica_id in runs if replica_id in holders]
-            if not runs:
-                break
-            for replica_id in runs:
-                found[replica_id] = (position + 1) * CHUNK_TOKENS
-        return found
-
-    def longest(self, keys: Sequence[bytes]) -> Collection[str]:
-        """The replicas that hold most of the prefix, of all that were ever sent a part of it."""
-        deepest: Collection[str] = ()
+    def holders(self, keys: Sequence[bytes]) -> list[Collection[str]]:
+        """Who holds each chunk, up to the first that nobody holds. Whoever holds a chunk holds all before it."""
+        found: list[Collection[str]] = []
         for key in keys:
             holders = self._holders.get(key)
             if holders is None:
                 break
-            deepest = holders
-        return deepest
+            found.append(holders)
+        return found
 
     def add(self, keys: Sequence[bytes], replica_id: str) -> None:
-        """Note that ``replica_id`` computes these chunks, a prompt's first ones; the chunks least recently sent are forgotten."""
+        """Note that ``replica_id`` computes these chunks, a prompt's first ones; the chunks least recently sent are forgotten.
+
+        Chunks are forgotten with all of their holders and from a chain's end, so what is left of a chain is its start.
+        """
         for key in reversed(keys):  # the first chunk is the most recent one: a chain is forgotten from its end
             self._holders.setdefault(key, {})[replica_id] = None
             self._holders.move_to_end(key)
@@ -61,6 +49,18 @@ class PrefixIndex:
             del self._holders[key][replica_id]
             if not self._holders[key]:
                 del self._holders[key]
+
+
+def tokens_held(holders: Sequence[Collection[str]], replica_id: str) -> int:
+    """Tokens of the prefix that a replica probably holds."""
+    low, high = 0, len(holders)
+    while low < high:
+        middle = (low + high) // 2
+        if replica_id in holders[middle]:
+            low = middle + 1
+        else:
+            high = middle
+    return low * CHUNK_TOKENS
 
 
 def chunk_keys(tokens: Sequence[int], salt: str = "") -> list[bytes]:

@@ -58,15 +58,14 @@ def test_prefill_alone_is_chunked() -> None:
 
 def test_running_requests_take_their_share_of_every_chunk() -> None:
     busy = linear(running=3)
-    under_way = 0.013 / 2
-    assert predicted_ttft(busy, 20, 0, Sent()) == pytest.approx(under_way + 0.010 + 0.023)
+    assert predicted_ttft(busy, 20, 0, Sent()) == pytest.approx(1.5 * 0.033), "half of a step like it is under way"
     # 61 tokens a step are left: 100 tokens need a full step and 39 more
-    assert predicted_ttft(busy, 100, 0, Sent()) == pytest.approx(under_way + 0.074 + 0.010 + 0.042)
+    assert predicted_ttft(busy, 100, 0, Sent()) == pytest.approx(0.074 + 1.5 * 0.052)
 
 
 def test_the_line_in_front_counts() -> None:
     queue = linear(running=1, queued=1, queued_tokens=30)
-    assert predicted_ttft(queue, 20, 0, Sent()) == pytest.approx(0.011 / 2 + 0.010 + 0.002 + 0.050)
+    assert predicted_ttft(queue, 20, 0, Sent()) == pytest.approx(1.5 * 0.062)
     sent = predicted_ttft(linear(running=1), 20, 0, Sent(1, 30))
     assert sent == pytest.approx(predicted_ttft(queue, 20, 0, Sent()))
 
@@ -74,9 +73,9 @@ def test_the_line_in_front_counts() -> None:
 def test_without_a_free_place_one_must_end_first() -> None:
     full = linear(running=4)
     waits = TYPICAL_OUTPUT_TOKENS * 0.014 / 4
-    assert predicted_ttft(full, 20, 0, Sent()) == pytest.approx(0.014 / 2 + 0.034 + waits)
+    assert predicted_ttft(full, 20, 0, Sent()) == pytest.approx(1.5 * 0.034 + waits)
     quick = dataclasses.replace(full, tokens_per_round=2.0)
-    assert predicted_ttft(quick, 20, 0, Sent()) == pytest.approx(0.014 / 2 + 0.034 + waits / 2)
+    assert predicted_ttft(quick, 20, 0, Sent()) == pytest.approx(1.5 * 0.034 + waits / 2)
     no_blocks = linear(running=1, free_blocks=1)
     assert predicted_ttft(no_blocks, 17, 0, Sent()) - predicted_ttft(no_blocks, 16, 0, Sent()) > waits / 2
 
@@ -98,7 +97,16 @@ def test_drafting_costs_and_pays() -> None:
     assert predicted_tpot(plain, 2) == pytest.approx(0.012)
     assert predicted_tpot(drafting, 2) == pytest.approx((0.010 + 0.008 + 0.004) / 2.5)
     assert step_seconds(drafting, 0, 9) == pytest.approx(0.019)
+    assert step_seconds(drafting, 4, 50) == pytest.approx(0.074 + 0.004), "drafts fill only what prefill leaves"
+    assert step_seconds(drafting, 4, 60) == pytest.approx(0.074 + 0.004)
     assert predicted_tpot(plain, 99) == predicted_tpot(plain, 4), "no more than max_running run"
+
+
+def test_prompt_tokens_and_context_have_their_own_price() -> None:
+    replica = linear(running=2, prefill_token_s=0.0001, context_row_s=0.003)
+    assert step_seconds(replica, 2, 30) == pytest.approx(0.012 + 0.003 + 0.006)
+    assert step_seconds(replica, 0, 30) == pytest.approx(0.011 + 0.003), "the least step of the table"
+    assert predicted_tpot(replica, 2) == pytest.approx(0.018)
 
 
 def test_step_cost_rounds_up_and_extrapolates() -> None:

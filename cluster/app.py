@@ -9,6 +9,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
+from dspark.cluster.autoscaling import LOOK_BACK_S, BusyDraftWorkers, WantedVerifiers
 from dspark.cluster.ingress import Router
 from dspark.cluster.ranks import bundles
 from dspark.cluster.verifier import Loader, Verifier, load_verifier
@@ -46,7 +47,7 @@ def assemble(config: ServeConfig, loader: Loader = load_verifier) -> Application
     gpus = _gpus(config.engine.device)
     verifier = serve.deployment(
         name="Verifier",
-        num_replicas=config.num_verifiers,
+        **verifier_scaling(config),
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
         **bundles(config.engine.num_ranks, gpus),
         graceful_shutdown_timeout_s=config.drain_s + LEEWAY_S,
@@ -63,6 +64,44 @@ def assemble(config: ServeConfig, loader: Loader = load_verifier) -> Application
     )(Router)
     app: Application = router.bind(verifier.bind(config, loader), config)
     return app
+
+
+def verifier_scaling(config: ServeConfig) -> dict[str, Any]:
+    """Serve's options for the number of verifiers: fixed, or what the routers want."""
+    scale = config.autoscale
+    if scale.max_verifiers is None:
+        return {"num_replicas": config.num_verifiers}
+    return {"autoscaling_config": _autoscaling(scale.min_verifiers, scale.max_verifiers, config.num_verifiers, WantedVerifiers, {})}
+
+
+def draft_worker_scaling(config: ServeConfig, num_draft_workers: int) -> dict[str, Any]:
+    """Serve's options for the number of draft workers. Replicas report their ``stats`` as autoscaling stats."""
+    scale = config.autoscale
+    if scale.max_draft_workers is None:
+        return {"num_replicas": num_draft_workers}
+    rules = {
+        "min_count": scale.min_draft_workers,
+        "max_count": scale.max_draft_workers,
+        "up_cooldown_s": scale.up_cooldown_s,
+        "down_cooldown_s": scale.down_cooldown_s,
+        "start_timeout_s": scale.start_timeout_s,
+    }
+    arguments = {"rules": rules, "window_s": scale.scaling_window_s}
+    bounds = (scale.min_draft_workers, scale.max_draft_workers, num_draft_workers)
+    return {"autoscaling_config": _autoscaling(*bounds, BusyDraftWorkers, arguments)}
+
+
+def _autoscaling(least: int, most: int, first: int, policy: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A policy of ours decides alone: its own cooldowns, and none of Serve's."""
+    return {
+        "min_replicas": least,
+        "max_replicas": most,
+        "initial_replicas": first,
+        "upscale_delay_s": 0.0,
+        "downscale_delay_s": 0.0,
+        "look_back_period_s": LOOK_BACK_S,
+        "policy": {"policy_function": f"{policy.__module__}:{policy.__name__}", "policy_kwargs": arguments},
+    }
 
 
 def _gpus(device: str) -> float:

@@ -18,7 +18,11 @@ from dspark.cluster.http.app import HttpOptions, make_app
 from dspark.cluster.http.metering import Family
 from dspark.cluster.http.service import Service
 from dspark.cluster.logs import join_serve_logs
+from dspark.cluster.ray_metrics import RayMetrics
+from dspark.cluster.steering import Steering, rules_of
 from dspark.config import ServeConfig
+from dspark.router.classes import Classes
+from dspark.router.scaling import Decision
 from dspark.workers.wire.client import GrpcLink
 from dspark.workers.wire.link import Link
 
@@ -37,7 +41,7 @@ class Router:
         self._name = context.replica_tag
         self._verifiers = verifiers
         self._routers: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
-        self._options = HttpOptions(config.max_body_bytes, _secret(config), config.show_docs, self._other_families)
+        self._options = HttpOptions(config.max_body_bytes, _secret(config), config.show_docs, self._other_families, self._decision)
         fleet = Fleet(self._discover, self._connect)
         await fleet.start()
         tokenizer = await asyncio.to_thread(_load_tokenizer, config)
@@ -46,7 +50,11 @@ class Router:
         facts = fleet.facts
         dispatcher = Dispatcher(fleet, config.max_waiting, config.replay_wait_s)
         name = config.model_name or facts.model
-        self._service = Service(dispatcher, tokenizer, name, f"dspark-{facts.fingerprint}", facts.max_model_len)
+        classes = Classes(config.service_classes, config.default_class)
+        self._service = Service(dispatcher, tokenizer, name, f"dspark-{facts.fingerprint}", facts.max_model_len, classes)
+        self._ray_metrics = RayMetrics()
+        self._steering = Steering(fleet, self._service.ledger, rules_of(config), self._show)
+        self._loop = asyncio.create_task(self._steering.run())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self._service, self._options)
@@ -64,8 +72,16 @@ class Router:
         return self._service.dispatcher.in_flight
 
     async def __del__(self) -> None:
-        if hasattr(self, "_service"):
+        if hasattr(self, "_loop"):
+            self._loop.cancel()
             await self._service.dispatcher.fleet.close()
+
+    def _decision(self) -> Decision | None:
+        return self._steering.decision
+
+    def _show(self, decision: Decision) -> None:
+        dispatcher = self._service.dispatcher
+        self._ray_metrics.update(dispatcher.fleet.statuses, dispatcher.in_flight, decision)
 
     async def _discover(self) -> Sequence[ReplicaFacts] | None:
         try:

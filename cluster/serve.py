@@ -12,6 +12,7 @@ from typing import Any, Final
 from dspark.config import EngineConfig, ServeConfig
 from dspark.config_file import effective
 from dspark.errors import ConfigError
+from dspark.status import local_url
 
 # Ray reads these when it is imported. With the first it takes 127.0.0.1 for the node's address, as it does on a Mac;
 # otherwise its control plane listens on all interfaces, whatever address it is given. Only the ports of Serve's replicas
@@ -50,8 +51,7 @@ def serve_forever(config: ServeConfig, show_dashboard: bool = False) -> None:
 
 def url(config: ServeConfig) -> str:
     """Where clients on this machine find the server."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    return f"http://{host}:{config.port}"
+    return local_url(config.host, config.port)
 
 
 def check_port(host: str, port: int) -> None:

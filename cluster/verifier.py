@@ -21,6 +21,7 @@ from ray import serve
 from ray.experimental import internal_kv
 
 import dspark
+from dspark.cluster.autoscaling import WANTED
 from dspark.cluster.fleet import ReplicaFacts
 from dspark.cluster.logs import join_serve_logs
 from dspark.cluster.ranks import ActorLauncher
@@ -98,6 +99,10 @@ class Verifier:
     async def describe(self) -> dict[str, Any]:
         """The fields of ``ReplicaFacts``."""
         return dataclasses.asdict(self._facts)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's policy reads: the number of verifiers that the routers want."""
+        return {WANTED: float(self._server.wanted_verifiers)}
 
     async def check_health(self) -> None:
         """Serve's health check: a replica whose engine is stuck or failed is replaced."""

@@ -1,4 +1,4 @@
-"""The command line: ``dspark serve | generate | chat | profile | bench | train | version``, the same as ``python -m dspark``.
+"""The command line: ``dspark serve | status | generate | chat | profile | bench | train | version``, the same as ``python -m dspark``.
 
 Every configuration key is a flag; command line wins over environment, environment over file. An error that somebody
 can act on is one line on stderr and exit code 2.
@@ -121,6 +121,15 @@ def _profile(args: argparse.Namespace) -> int:
     return profile(config_from(args).engine, args)
 
 
+def _status(args: argparse.Namespace) -> int:
+    from dspark.status import local_url, show, watch
+
+    config = config_from(args)
+    key = config.read_api_key()
+    url, secret = args.url or local_url(config.host, config.port), None if key is None else key.get_secret_value()
+    return watch(url, secret, args.json, args.interval) if args.watch else show(url, secret, args.json)
+
+
 def _version(_: argparse.Namespace) -> int:
     print(__version__)
     return 0
@@ -153,10 +162,24 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--json", action="store_true", help="print the table as JSON")
     _add_config(profile, engine)
 
+    status = _command(commands, "status", _status, "show what a running cluster does: verifiers, load, acceptance, budgets, speculation")
+    status.add_argument("--url", metavar="URL", help="base URL of the server (default: --host and --port on this machine)")
+    status.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
+    status.add_argument("--interval", type=_seconds, default=2.0, metavar="S", help="seconds between two looks of --watch (default 2)")
+    status.add_argument("--json", action="store_true", help="print JSON")
+    _add_config(status, tuple(key for key in keys() if key.path in ("host", "port", "api_key", "api_key_file")))
+
     _command(commands, "bench", _version, "measure; see dspark bench --help")  # dispatched in main, listed here
     _command(commands, "train", _version, "train a drafter for a model; see dspark train --help")
     _command(commands, "version", _version, "print the version")
     return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0.1 to 3600")
+    return value
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:

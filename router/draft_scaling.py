@@ -1,8 +1,7 @@
 """How many draft workers there should be. Pure: time is an argument.
 
-A draft that comes too late costs speed and nothing else, so the measure is the share of drafts that verifiers asked for and did
-not get in time, together with how busy the workers are: late drafts of idle workers are the network's fault, and more workers
-would not help.
+A draft that comes too late costs speed and nothing else, so workers are kept below the load at which queueing makes drafts
+late: by the share of time that they draft, and by the turns that they refuse for lack of room.
 """
 
 from __future__ import annotations
@@ -16,27 +15,29 @@ from typing import Final
 from dspark.router.replica_count import CountRules, ReplicaCount, ScalingState
 
 MAX_REPORT_AGE_S: Final = 30.0
-MANY_LATE: Final = 0.10
-FEW_LATE: Final = 0.03
-BUSY: Final = 0.7  # share of the time; from here on queueing makes drafts late
+BUSY: Final = 0.7  # share of the time; a draft then waits more than twice as long as it takes
 AIM_BUSY: Final = 0.55
 SPARE_BUSY: Final = 0.5  # predicted for the others before one is removed
+MANY_REFUSED: Final = 0.02  # of the turns
+FAILED_SHARE: Final = 0.8  # a count that failed is tried again under this share of the work with which it failed,
+FAILED_MEMORY: Final = 10.0  # or after this many down cooldowns
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:
-    """One draft worker at one moment. ``asked`` and ``in_time`` count drafts since its start, ``busy_s`` seconds of drafting."""
+    """One draft worker at one moment: seconds that it drafted, turns that it took and refused, all since its start."""
 
     worker_id: str
-    asked: float
-    in_time: float
     busy_s: float
-    up_s: float
+    turns: float
+    refused: float
     age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class DraftDecision:
+    """How many draft workers are wanted, and why."""
+
     wanted: int
     state: ScalingState
     reason: str
@@ -45,10 +46,10 @@ class DraftDecision:
 class DraftScaler:
     """Call ``decide`` whenever new reports came."""
 
-    def __init__(self, rules: CountRules, window_s: float, min_asked: int) -> None:
+    def __init__(self, rules: CountRules, window_s: float) -> None:
         self.count = ReplicaCount(rules)
         self._window_s = window_s
-        self._min_asked = min_asked
+        self._failed: dict[int, tuple[float, float]] = {}  # count: when it was too small, and seconds of drafting a second then
         self._history: deque[tuple[float, dict[str, DraftReport]]] = deque()
 
     def decide(self, now_s: float, reports: Sequence[DraftReport]) -> DraftDecision:
@@ -62,42 +63,50 @@ class DraftScaler:
         state = self.count.observe(len(reports), now_s)
         if state is not None:
             return self._hold(state, f"{len(reports)} draft workers are there, {self.count.wanted} are wanted")
-        asked, late, busy = self._window(now_s, reports)
-        if asked >= self._min_asked and late > MANY_LATE:
-            return self._help(now_s, late, busy)
+        seen_s = now_s - max(self.count.changed_s, self._history[0][0])
+        if seen_s < min(self.count.rules.up_cooldown_s, self._window_s / 2):
+            return self._hold(ScalingState.SETTLING, f"{seen_s:.0f} s since the last change")
+        busy, refused = self._window(reports)
+        told = f"workers draft {busy:.0%} of the time and refuse {refused:.1%} of the turns"
+        if busy > BUSY or refused > MANY_REFUSED:
+            return self._help(now_s, busy, told)
         fewer = self.count.wanted - 1
-        spare = fewer > 0 and late <= FEW_LATE and busy * self.count.wanted / fewer <= SPARE_BUSY
-        if self.count.shrink_if_spare(spare, now_s):
-            return self._hold(ScalingState.SCALING, f"workers are {busy:.0%} busy; {fewer} are enough")
-        return self._hold(ScalingState.STEADY, f"{late:.1%} of {asked:.0f} drafts came late; workers are {busy:.0%} busy")
+        total = busy * self.count.wanted
+        can_do_without = fewer > 0 and not refused and total / fewer <= SPARE_BUSY and not self._failed_near(fewer, total, now_s)
+        if self.count.shrink_if_spare(can_do_without, now_s):
+            return self._hold(ScalingState.SCALING, f"{told}; {fewer} are enough")
+        return self._hold(ScalingState.STEADY, told)
 
-    def _help(self, now_s: float, late: float, busy: float) -> DraftDecision:
+    def _help(self, now_s: float, busy: float, told: str) -> DraftDecision:
         count = self.count
         count.shrink_if_spare(False, now_s)
-        told = f"{late:.0%} of the drafts came late; workers are {busy:.0%} busy"
-        if busy < BUSY:
-            return self._hold(ScalingState.NO_GAIN, told)
         if count.is_blocked(now_s):
             return self._hold(ScalingState.UNSCHEDULABLE, told)
         if count.wanted >= count.rules.max_count:
             return self._hold(ScalingState.AT_LIMIT, told)
-        if not count.may_grow(now_s):
-            return self._hold(ScalingState.SETTLING, told)
-        count.grow(min(math.ceil(count.wanted * busy / AIM_BUSY), 2 * count.wanted), now_s)
+        self._failed[count.wanted] = (now_s, busy * count.wanted)
+        enough = max(math.ceil(count.wanted * busy / AIM_BUSY), count.wanted + 1)
+        count.grow(min(enough, 2 * count.wanted), now_s)
         return self._hold(ScalingState.SCALING, f"{told}; {count.wanted} are wanted")
 
-    def _window(self, now_s: float, reports: Sequence[DraftReport]) -> tuple[float, float, float]:
-        """(drafts asked for, share that came late, mean busy share) since the last change, as far as the window goes."""
-        first_s, first = next(entry for entry in self._history if entry[0] >= min(self.count.changed_s, now_s))
-        asked = in_time = busy = 0.0
+    def _failed_near(self, count: int, total_busy: float, now_s: float) -> bool:
+        """Whether that many were too few not long ago, with nearly the present work."""
+        failed_s, failed_busy = self._failed.get(count, (float("-inf"), 0.0))
+        return now_s - failed_s < FAILED_MEMORY * self.count.rules.down_cooldown_s and total_busy > FAILED_SHARE * failed_busy
+
+    def _window(self, reports: Sequence[DraftReport]) -> tuple[float, float]:
+        """(Mean busy share, share of refused turns) since the last change, as far as the window goes."""
+        entries = [entry for entry in self._history if entry[0] >= self.count.changed_s]
+        (first_s, first), last_s = entries[0], entries[-1][0]
+        busy_s = turns = refused = 0.0
         for report in reports:
             before = first.get(report.worker_id)
-            if before is None or report.asked < before.asked:  # it came in between, or was replaced: all it did is new
-                before = DraftReport(report.worker_id, 0.0, 0.0, 0.0, 0.0)
-            asked += report.asked - before.asked
-            in_time += report.in_time - before.in_time
-            busy += (report.busy_s - before.busy_s) / max(min(now_s - first_s, report.up_s), 1.0)
-        return asked, 1.0 - in_time / asked if asked else 0.0, busy / len(reports)
+            if before is None or report.turns < before.turns or report.busy_s < before.busy_s:
+                before = DraftReport(report.worker_id, 0.0, 0.0, 0.0)  # it was replaced in between: all that it counts is new
+            busy_s += report.busy_s - before.busy_s
+            turns += report.turns - before.turns
+            refused += report.refused - before.refused
+        return busy_s / max(last_s - first_s, 1e-9) / len(reports), refused / max(turns, 1.0)
 
     def _hold(self, state: ScalingState, reason: str) -> DraftDecision:
         return DraftDecision(self.count.wanted, state, reason)

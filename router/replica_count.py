@@ -70,6 +70,11 @@ class ReplicaCount:
         self._set(self._bounded(present), now_s)
         return state
 
+    def follow(self, present: int, now_s: float) -> None:
+        """Take what is there for what is wanted: somebody else decides."""
+        if present != self.wanted:
+            self._set(present, now_s)
+
     def grow(self, count: int, now_s: float) -> None:
         """Want more."""
         self._set(self._bounded(count), now_s)

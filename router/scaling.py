@@ -34,7 +34,10 @@ MAX_DOUBLINGS: Final = 6
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the operator wants; ``default_budget`` is that of requests without one (for scaling alone)."""
+    """What the operator wants; ``default_budget`` is that of requests without one (for scaling alone).
+
+    ``is_fixed``: the number of verifiers is somebody else's; only speculation is decided.
+    """
 
     count: CountRules
     target_met: float
@@ -43,6 +46,7 @@ class Rules:
     cold_start_s: float
     default_budget: LatencyBudget
     speculation_lever: bool
+    is_fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,8 @@ class VerifierScaler:
         if not present or silent:
             names = ", ".join(report.view.id for report in silent) or "any verifier"
             return self._hold(ScalingState.BLIND, f"no word of {names}")
+        if self.rules.is_fixed:
+            self.count.follow(len(present), now_s)
         state = self.count.observe(len(present), now_s)
         if state is not None:
             self._note_pressure(now_s, len(present))
@@ -175,7 +181,7 @@ class VerifierScaler:
         rules, count = self.rules, self.count
         count.shrink_if_spare(False, now_s)
         missed = f"{seen.met:.0%} of {len(seen.samples)} requests kept their budgets"
-        is_last_resort = count.wanted >= rules.count.max_count or count.is_blocked(now_s)
+        is_last_resort = rules.is_fixed or count.wanted >= rules.count.max_count or count.is_blocked(now_s)
         limit, share = self._best_limit(seen)
         helps = share >= (seen.met + NOTICEABLE if is_last_resort else rules.target_met)
         if limit < self.limit and helps:
@@ -184,7 +190,7 @@ class VerifierScaler:
         if count.is_blocked(now_s):
             return self._hold(ScalingState.UNSCHEDULABLE, f"{missed}; the last verifier that was asked for did not come", seen.met)
         if is_last_resort:
-            return self._hold(ScalingState.AT_LIMIT, f"{missed} with max_verifiers", seen.met)
+            return self._hold(ScalingState.AT_LIMIT, f"{missed}, and no more verifiers may be added", seen.met)
         if not count.may_grow(now_s):
             return self._hold(ScalingState.SETTLING, f"{missed}; the last change is too young", seen.met)
         wanted, share = self._enough(seen)
@@ -207,7 +213,8 @@ class VerifierScaler:
                 return self._set_limit(higher, now_s, seen, f"budgets are kept; speculation goes to {higher:g}")
         fewer = count.wanted - 1
         can_do_without = (
-            fewer >= rules.count.min_count
+            not rules.is_fixed
+            and fewer >= rules.count.min_count
             and seen.met >= rules.target_met
             and not self._failed_near(self._failed.get(fewer), seen, now_s)
             and not loaded(seen.view, seen.load, count.wanted / fewer).queued

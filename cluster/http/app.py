@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -25,7 +25,9 @@ from dspark.cluster.http.errors import error_body, json_response, response_of
 from dspark.cluster.http.metering import Family, engine_families, exposition, merged
 from dspark.cluster.http.protocol import ChatBody, CompletionBody, parse
 from dspark.cluster.http.service import Job, Service
+from dspark.cluster.http.status import Around, DraftWorkerStatus, cluster_status
 from dspark.errors import DSparkError
+from dspark.router.scaling import Decision
 
 OPEN_PATHS: Final = frozenset({"/health"})
 CLIENT_CLOSED: Final = 499
@@ -34,14 +36,21 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+async def no_draft_workers() -> Sequence[DraftWorkerStatus]:
+    """What clusters have whose verifiers draft themselves."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
-    """Settings of the HTTP side. ``other_families`` fetches what the other router replicas measure."""
+    """Settings of the HTTP side, and where it learns what others know (``Around`` in ``status.py``)."""
 
     max_body_bytes: int
     api_key: str | None = None
     show_docs: bool = True
     other_families: Callable[[], Awaitable[list[list[Family]]]] | None = None
+    decision: Callable[[], Decision | None] = lambda: None
+    draft_workers: Callable[[], Awaitable[Sequence[DraftWorkerStatus]]] = no_draft_workers
 
 
 def make_app(service: Service, options: HttpOptions) -> FastAPI:
@@ -172,9 +181,18 @@ def _add_information(app: FastAPI, service: Service, options: HttpOptions) -> No
         ok = state == "ok"
         return json_response({"status": state, "verifiers": len(statuses), "healthy": healthy}, 200 if ok else 503)
 
-    async def metrics() -> Response:
+    async def all_families() -> tuple[list[Family], int]:
+        """What all routers measure together, and how many they are."""
         others = await options.other_families() if options.other_families is not None else []
-        families = merged([service.meter.families(), *others])
+        others = [families for families in others if families]  # the replica that was asked by itself
+        return merged([service.meter.families(), *others]), 1 + len(others)
+
+    async def status() -> Response:
+        families, num_routers = await all_families()
+        return json_response(cluster_status(service, Around(families, num_routers, options.decision(), await options.draft_workers())))
+
+    async def metrics() -> Response:
+        families, _ = await all_families()
         families += engine_families(service.dispatcher.fleet.statuses, service.model_name)
         return Response(exposition(families), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -183,6 +201,7 @@ def _add_information(app: FastAPI, service: Service, options: HttpOptions) -> No
         ("/v1/models/{model_id:path}", retrieve_model),
         ("/health", health),
         ("/metrics", metrics),
+        ("/status", status),
     ):
         app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
 

@@ -4,69 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import pytest
-from helpers.fleets import Hosts, serving
+from helpers.apis import CHAT, TOKENIZER, api, run
 from helpers.scripted import ScriptedHost, continuation
-from helpers.tiny_model import TEMPLATE
-from helpers.toy_tokenizers import byte_level
 
-from dspark.cluster.dispatch import Dispatcher
-from dspark.cluster.http.app import HttpOptions, make_app
 from dspark.cluster.http.connection import event, while_connected
-from dspark.cluster.http.service import Service
 from dspark.errors import Overloaded
 
-TOKENIZER = byte_level()
-TOKENIZER.chat_template = TEMPLATE
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7, "temperature": 0}
 TEXT = {"model": "tiny", "prompt": "hello", "max_tokens": 7, "temperature": 0}
-
-
-class Setup:
-    """An application, a client for it, and the verifiers behind it."""
-
-    def __init__(self, hosts: Hosts, dispatcher: Dispatcher, options: HttpOptions) -> None:
-        self.hosts = hosts
-        self.dispatcher = dispatcher
-        self.service = Service(dispatcher, TOKENIZER, "tiny", "dspark-x", 512)
-        self.app = make_app(self.service, options)
-        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test")
-
-    async def post(self, path: str, body: dict[str, Any], **more: Any) -> httpx.Response:
-        return await self.client.post(path, json=body, **more)
-
-    async def stream(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events of a stream; the last must be [DONE]."""
-        response = await self.post(path, body | {"stream": True})
-        assert response.status_code == 200, response.text
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-        assert lines[-1] == "[DONE]"
-        return [json.loads(line) for line in lines[:-1]]
-
-
-@asynccontextmanager
-async def api(*hosts: ScriptedHost, **options: Any) -> AsyncIterator[Setup]:
-    hosting = Hosts()
-    for index, host in enumerate(hosts or (ScriptedHost(vocab=1000),)):
-        hosting.add(f"v{index}", host)
-    async with serving(hosting, replay_wait_s=0.3) as dispatcher:
-        setup = Setup(hosting, dispatcher, HttpOptions(**({"max_body_bytes": 10_000} | options)))
-        async with setup.client:
-            yield setup
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await test()
-
-    asyncio.run(bounded())
 
 
 def text_after(prompt: str, count: int) -> str:
@@ -291,6 +239,9 @@ def test_scoring_a_prompt_generates_nothing() -> None:
         ("chat/completions", {"speculation": "sometimes"}, "speculation"),
         ("chat/completions", {"speculation": {"mode": "static"}}, "speculation"),
         ("chat/completions", {"latency_budget": {"ttft_ms": -1}}, "latency_budget.ttft_ms"),
+        ("chat/completions", {"service_class": "gold"}, "service_class"),
+        ("chat/completions", {"service_class": ""}, "service_class"),
+        ("chat/completions", {"service_class": 5}, "service_class"),
         ("chat/completions", {"cache_salt": "x" * 257}, "cache_salt"),
         ("chat/completions", {"priority": 2**31}, "priority"),
         ("chat/completions", {"acceptance": "always"}, "acceptance"),
@@ -381,7 +332,7 @@ def test_large_bodies_are_refused_before_parsing() -> None:
 def test_the_key_guards_everything_but_health() -> None:
     async def test() -> None:
         async with api(api_key="secret-Key") as setup:
-            paths = ("/v1/models", "/metrics", "/docs", "/openapi.json", "/v1/nothing")
+            paths = ("/v1/models", "/metrics", "/status", "/docs", "/openapi.json", "/v1/nothing")
             for headers in ({}, {"Authorization": "Bearer secret-key"}, {"Authorization": "Basic secret-Key"}, {"Authorization": "Bearer"}):
                 for path in paths:
                     refused = await setup.client.get(path, headers=headers)

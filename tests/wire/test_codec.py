@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dspark import errors
 from dspark.errors import BadRequest, Overloaded, UnknownModel
 from dspark.sampling import AcceptanceRule, SamplingParams
-from dspark.types import Finish, LatencyBudget, Mode, ReplicaView, Request, Speculation, StepOutcome, TokenLogprob
+from dspark.types import Finish, LatencyBudget, Mode, ReplicaView, Request, Speculation, SpeculationState, StepOutcome, TokenLogprob
 from dspark.workers.wire import codec
 from dspark.workers.wire import dspark_pb2 as pb
 
@@ -148,16 +148,53 @@ def test_malformed_outcomes_are_refused(outcome: pb.Outcome) -> None:
 
 
 def test_views_survive() -> None:
-    view = ReplicaView("r", "h:1", 1, 2, 3, 2**40, 5, 6, True, 1.5, ((1, 0.5), (8, 0.75)), frozenset({0, 2**64 - 1}), 0.5)
+    view = ReplicaView(
+        *("r", "h:1", 1, 2, 3, 2**40, 5, 6, True, 1.5, ((1, 0.5), (8, 0.75)), frozenset({0, 2**64 - 1}), 0.5),
+        prefill_token_s=0.001,
+        context_row_s=0.002,
+        draft_costs=((1, 0.25),),
+        drafted_per_round=2.5,
+        max_step_tokens=77,
+        waiting=((-5, 1, 2**40), (3, 2, 7)),
+        speculation=SpeculationState.PAUSED,
+        speculation_limit=0.25,
+    )
+    plain = ReplicaView("r", "h:1", 1, 2, 3, 4, 5, 6)
+    unset = {field.name for field in dataclasses.fields(view) if getattr(view, field.name) == getattr(plain, field.name)}
+    assert unset == {"id", "address", "queued", "running", "max_running", "free_blocks", "num_blocks", "age_s"}
     status = codec.Status(view, False, {"steps_total": 3.0})
     message = pb.View.FromString(codec.status_to_wire(status).SerializeToString())
     assert codec.status_from_wire(message, "r", "h:1") == status
 
 
-@pytest.mark.parametrize("message", [pb.View(step_tokens=[1]), pb.View(budgets_met=math.nan), pb.View(stats={"x": math.inf})])
-def test_malformed_views_are_refused(message: pb.View) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step_tokens": [1]},
+        {"draft_costs": [1.0]},
+        {"budgets_met": math.nan},
+        {"speculation_limit": math.inf},
+        {"prefill_token_s": math.nan},
+        {"draft_requests": [1], "draft_costs": [math.nan]},
+        {"stats": {"x": math.inf}},
+        {"speculation": "maybe"},
+        {"waiting": [pb.Waiting()] * (codec.MAX_WAITING + 1)},
+    ],
+)
+def test_malformed_views_are_refused(change: dict[str, object]) -> None:
+    good = codec.status_to_wire(codec.Status(ReplicaView("r", "h:1", 1, 2, 3, 4, 5, 6)))
+    codec.status_from_wire(good, "r", "h:1")
+    good.MergeFrom(pb.View(**change))
     with pytest.raises(codec.WireError):
-        codec.status_from_wire(message, "r", "h:1")
+        codec.status_from_wire(good, "r", "h:1")
+
+
+def test_decisions_survive_and_wild_ones_are_refused() -> None:
+    for tune in (codec.Tune(), codec.Tune(0.0, 0), codec.Tune(0.25, 7)):
+        assert codec.tune_from_wire(pb.Tune.FromString(codec.tune_to_wire(tune).SerializeToString())) == tune
+    for wild in ({"speculation_limit": 1.5}, {"speculation_limit": -0.1}, {"speculation_limit": math.nan}, {"wanted_verifiers": 2**31}):
+        with pytest.raises(codec.WireError):
+            codec.tune_from_wire(pb.Tune(**wild))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dspark.types import Finish, Request, StepOutcome
 from dspark.workers.wire import dspark_pb2 as pb
 from dspark.workers.wire import server as server_module
 from dspark.workers.wire.client import TOKEN_KEY, GrpcLink
-from dspark.workers.wire.codec import MAX_UP_BYTES, PROTOCOL, request_to_wire
+from dspark.workers.wire.codec import MAX_UP_BYTES, PROTOCOL, Tune, request_to_wire
 from dspark.workers.wire.dspark_pb2_grpc import VerifierStub
 from dspark.workers.wire.link import Flight, Link
 from dspark.workers.wire.local import LocalLink
@@ -141,6 +141,41 @@ def test_views_arrive_and_age(connect) -> None:  # type: ignore[no-untyped-def]
             host.healthy = False
             await wait_until(lambda: not link.status.healthy)
             assert link.status.view.age_s >= 0
+        host.close()
+
+    run(test)
+
+
+@BOTH
+def test_decisions_reach_the_verifier(connect) -> None:  # type: ignore[no-untyped-def]
+    async def test() -> None:
+        host = ScriptedHost()
+        async with connect(host) as link:
+            link.tune(Tune(0.25, 3))
+            await wait_until(lambda: host.speculation_limit == 0.25)
+        link.tune(Tune(0.5, 3))  # a closed link drops it
+        host.close()
+
+    run(test)
+
+
+def test_of_many_routers_the_one_in_need_decides() -> None:
+    async def test() -> None:
+        host = ScriptedHost()
+        server = WireServer(host, "v0", "model", "secret")
+        address = await server.start()
+        links = [GrpcLink("v0", address, "secret", f"router {i}", "model") for i in range(2)]
+        for link in links:
+            await link.open(5)
+        assert server.wanted_verifiers == 0
+        links[0].tune(Tune(0.5, 2))
+        links[1].tune(Tune(0.75, 4))
+        await wait_until(lambda: server.wanted_verifiers == 4 and host.speculation_limit == 0.5)
+        await links[0].close()
+        await wait_until(lambda: host.speculation_limit == 0.75)
+        await links[1].close()
+        await wait_until(lambda: (host.speculation_limit, server.wanted_verifiers) == (1.0, 0))
+        await server.stop()
         host.close()
 
     run(test)
@@ -274,9 +309,10 @@ SUBMIT = pb.Up(submit=request_to_wire(request("a", 1000)))
         [HELLO, SUBMIT, SUBMIT],
         [HELLO, pb.Up(submit=pb.Request(id="x" * 200))],
         [HELLO, pb.Up(cancel=pb.Cancel(ids=["a"] * 5000))],
+        [HELLO, pb.Up(tune=pb.Tune(speculation_limit=2.0))],
         [HELLO, pb.Up(submit=pb.Request(id="big", cache_salt="x" * (MAX_UP_BYTES + 1)))],
     ],
-    ids=["no hello", "protocol", "two hellos", "empty", "duplicate", "bad id", "many cancels", "too big"],
+    ids=["no hello", "protocol", "two hellos", "empty", "duplicate", "bad id", "many cancels", "wild decision", "too big"],
 )
 def test_broken_peers_end_their_own_session_only(messages: list[pb.Up]) -> None:
     async def test() -> None:

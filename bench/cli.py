@@ -170,7 +170,9 @@ def _planner(args: argparse.Namespace) -> int:
 def _survival(args: argparse.Namespace) -> int:
     from dspark import LLM
 
-    plan = ReplayPlan(args.prompts, args.sets, args.requests, args.temperature, args.max_tokens, args.concurrency, args.trim)
+    plan = ReplayPlan(
+        args.prompts, args.sets, args.requests, args.temperature, args.max_tokens, args.concurrency, args.trim, args.ignore_eos
+    )
     settings = {"max_num_seqs": args.concurrency, "profile": False, "prefix_cache": False}
     with _json_out(args.json) as out, LLM(args.model, args.drafter, FULL, args.dtype, **settings) as llm:
         if not llm.engine.drafter.block_size:

@@ -126,7 +126,7 @@ class _Step:
 
     def learn(self) -> None:
         for tree in self.trees:
-            self.planner.survival.observe(tree, 3, range(2))
+            self.planner.survival.observe(tree, len(tree.tokens), range(len(tree.tokens) // 2))
         self.planner.survival.learn()
 
 

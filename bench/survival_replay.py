@@ -54,6 +54,7 @@ class ReplayPlan:
     max_tokens: int
     concurrency: int
     trims: tuple[float, ...]
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,11 @@ def serve(plan: ReplayPlan, llm: Any, encode: Callable[[str], list[int]]) -> lis
     llm.engine.drafts.survival = Recorder("constant", RunningRate(num_slots), num_slots)
     texts = [text for name in plan.sets for text in take(load_set(plan.folder, name), plan.requests)]
     prompts = [encode(text) for text in texts for _ in plan.temperatures]
-    sampling = [SamplingParams(temperature=heat, max_tokens=plan.max_tokens) for _ in texts for heat in plan.temperatures]
+    sampling = [
+        SamplingParams(temperature=heat, max_tokens=plan.max_tokens, ignore_eos=plan.ignore_eos)
+        for _ in texts
+        for heat in plan.temperatures
+    ]
     order = np.random.default_rng(0).permutation(len(prompts)).tolist()
     llm.generate([prompts[i] for i in order], [sampling[i] for i in order], speculation=FULL, max_concurrency=plan.concurrency)
     llm.rest()

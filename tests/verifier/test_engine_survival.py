@@ -19,6 +19,8 @@ from dspark.types import DraftTree, Request
 from dspark.workers.build import assemble
 from dspark.workers.drafter.calibration import CALIBRATION_FILE
 from dspark.workers.drafter.dialects import save_drafter
+from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.host import EngineHost
 from dspark.workers.verifier.targets import Target
@@ -100,6 +102,33 @@ def test_a_stop_token_of_the_targets_own_cuts_nothing(target: Target, truth: lis
     request = Request("a", tuple(PROMPT), SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, stop_token_ids=(stop,)))
     run(engine, [request])
     assert seen == [Seen(len(PROMPT) + 1, 4, 4, 4, False)]
+
+
+def test_the_accepted_path_of_a_tree_is_noted(target: Target) -> None:
+    """Trees of a random module, tokens followed from the anchor: the noted nodes are those of the text that came out."""
+    pool = BlockPool(64)
+    engine = make_engine(target, LocalDrafter(random_module(target), pool), pool, speculation="tree:9:4", costs=FLAT)
+    notes: list[tuple[DraftTree, int, tuple[int, ...]]] = []
+    inner = engine.survival.observe
+
+    def observe(tree: DraftTree, num_verified: int, accepted: Sequence[int], is_cut: bool = False) -> None:
+        notes.append((tree, num_verified, tuple(accepted)))
+        inner(tree, num_verified, accepted, is_cut)
+
+    engine.survival.observe = observe  # type: ignore[method-assign]
+    names = [f"r{i}" for i in range(6)]
+    out = run(engine, [greedy(name, [3 + i, *PROMPT], 40) for i, name in enumerate(names)])
+    known = {name: [3 + i, *PROMPT, *out[name].tokens] for i, name in enumerate(names)}
+    assert any(accepted for _, _, accepted in notes)
+    assert any(not tree.is_chain for tree, _, _ in notes)
+    for tree, num_verified, accepted in notes:
+        text, node = known[tree.request_id][tree.base_len :], -1
+        for depth, chosen in enumerate(accepted):
+            assert (tree.parents[chosen], tree.tokens[chosen]) == (node, text[depth])
+            node = chosen
+        assert all(chosen < num_verified for chosen in accepted)
+        behind = [tree.tokens[i] for i in range(num_verified) if tree.parents[i] == node]
+        assert text[len(accepted)] not in behind
 
 
 def test_trimmed_drafts_are_noted_as_trimmed(target: Target, truth: list[int]) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dspark.errors import BadRequest
 from dspark.sampling import SamplingParams
-from dspark.types import LatencyBudget, Speculation
+from dspark.types import DEFAULT_TREE_NODES, LatencyBudget, Speculation
 
 MAX_PROMPTS = 64  # prompts of one completion request
 _PLAIN = (
@@ -46,8 +46,20 @@ class StreamOptions(_Strict):
 
 
 class SpeculationField(_Strict):
+    """``tree``: how many nodes draft trees may have; true for as many as are usual, false and 0 for chains."""
+
     mode: Literal["off", "static", "adaptive", "shadow"]
     max_draft_tokens: int | None = None
+    tree: bool | int | None = None
+
+    def text(self) -> str:
+        """As ``Speculation.parse`` reads it; BadRequest for a tree in a mode that has none."""
+        length = "" if self.max_draft_tokens is None else f":{self.max_draft_tokens}"
+        if not self.tree:
+            return self.mode + length
+        if self.mode != "adaptive":
+            raise BadRequest(f"speculation.tree: mode {self.mode!r} verifies chains; trees need mode 'adaptive'", "speculation")
+        return f"tree:{DEFAULT_TREE_NODES if self.tree is True else self.tree}{length}"
 
 
 class LatencyField(_Strict):
@@ -115,9 +127,7 @@ class GenerationBody(_Strict):
         field = self.speculation
         if field is None:
             return None
-        text = (
-            field if isinstance(field, str) else field.mode + (f":{field.max_draft_tokens}" if field.max_draft_tokens is not None else "")
-        )
+        text = field if isinstance(field, str) else field.text()
         try:
             return Speculation.parse(text)
         except ValueError as error:

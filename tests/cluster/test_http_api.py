@@ -120,6 +120,15 @@ def test_seeds_and_fields_reach_the_engine() -> None:
             await setup.post("/v1/chat/completions", CHAT | {"max_completion_tokens": 2, "speculation": "off"})
             last = setup.hosts.hosts["v0"].seen[-1]
             assert (last.sampling.max_tokens, str(last.speculation)) == (2, "off")
+            for asked, understood in (
+                ({"mode": "adaptive", "tree": True}, "tree:16"),
+                ({"mode": "adaptive", "tree": 9, "max_draft_tokens": 4}, "tree:9:4"),
+                ({"mode": "adaptive", "tree": False}, "adaptive"),
+                ({"mode": "static", "tree": 0, "max_draft_tokens": 2}, "static:2"),
+                ("tree:8", "tree:8"),
+            ):
+                await setup.post("/v1/chat/completions", CHAT | {"speculation": asked})
+                assert str(setup.hosts.hosts["v0"].seen[-1].speculation) == understood
 
     run(test)
 
@@ -238,6 +247,9 @@ def test_scoring_a_prompt_generates_nothing() -> None:
         ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
         ("chat/completions", {"speculation": "sometimes"}, "speculation"),
         ("chat/completions", {"speculation": {"mode": "static"}}, "speculation"),
+        ("chat/completions", {"speculation": {"mode": "static", "max_draft_tokens": 3, "tree": True}}, "speculation"),
+        ("chat/completions", {"speculation": {"mode": "adaptive", "tree": 65}}, "speculation"),
+        ("chat/completions", {"speculation": {"mode": "adaptive", "tree": -1}}, "speculation"),
         ("chat/completions", {"latency_budget": {"ttft_ms": -1}}, "latency_budget.ttft_ms"),
         ("chat/completions", {"service_class": "gold"}, "service_class"),
         ("chat/completions", {"service_class": ""}, "service_class"),

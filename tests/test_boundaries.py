@@ -57,16 +57,17 @@ NOUNS = names("dspark.types dspark.sampling dspark.errors dspark.config dspark.c
     "dspark.SamplingParams dspark.AcceptanceRule dspark.__version__"
 )
 MODEL_LIBRARIES = names("torch transformers numpy safetensors tqdm")
-EVERY_ROOM = names("nouns face kernels router verifier drafter wire workers deploy cluster training bench")
+EVERY_ROOM = names("nouns face kernels router blocks verifier drafter wire workers deploy cluster training bench")
 ROOMS = {
     "nouns": Room(names("nouns"), names("numpy pydantic"), lazy_libraries=names("yaml")),
     "face": Room(names("nouns face"), names("numpy pydantic"), EVERY_ROOM, names("torch transformers jinja2 yaml tqdm")),
     "kernels": Room(names(""), names("torch triton")),
     "router": Room(names("nouns"), never=names("time datetime")),
-    "verifier": Room(names("nouns kernels"), MODEL_LIBRARIES),
-    "drafter": Room(names("nouns kernels"), MODEL_LIBRARIES),
+    "blocks": Room(names("")),
+    "verifier": Room(names("nouns kernels blocks"), MODEL_LIBRARIES),
+    "drafter": Room(names("nouns kernels blocks"), MODEL_LIBRARIES),
     "wire": Room(names("nouns"), names("grpc google numpy torch")),
-    "workers": Room(names("nouns kernels verifier drafter wire deploy"), MODEL_LIBRARIES),  # build.py: where all of them meet
+    "workers": Room(names("nouns kernels blocks verifier drafter wire deploy"), MODEL_LIBRARIES),  # build.py: where all of them meet
     "deploy": Room(names("nouns"), names("tqdm yaml"), lazy_libraries=MODEL_LIBRARIES | names("gguf")),
     "cluster": Room(
         EVERY_ROOM - names("training bench"),
@@ -80,7 +81,7 @@ ROOMS = {
     "bench": Room(names("nouns face router"), names("numpy"), names("deploy verifier"), names("httpx torch transformers matplotlib")),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),
 }
-OUR_FOLDERS = {"workers/verifier": "verifier", "workers/drafter": "drafter", "workers/wire": "wire"} | {
+OUR_FOLDERS = {"workers/blocks": "blocks", "workers/verifier": "verifier", "workers/drafter": "drafter", "workers/wire": "wire"} | {
     folder: folder for folder in (*ROOM_FOLDERS, "tests")
 }
 
@@ -97,7 +98,8 @@ def room_of_file(path: str) -> str | None:
     if path.startswith("dspark/"):
         module = "dspark." + path.removeprefix("dspark/").removesuffix(".py")
         return "nouns" if module in NOUNS else "face"
-    return next((room for folder, room in OUR_FOLDERS.items() if path.startswith(folder + "/")), None)
+    module = path.removesuffix(".py") + "/"
+    return next((room for folder, room in OUR_FOLDERS.items() if module.startswith(folder + "/")), None)
 
 
 def room_of_import(name: str) -> str:
@@ -244,8 +246,9 @@ def test_layout() -> None:
         ("workers/verifier/engine.py", "from dspark.workers import build", "verifier may not import workers"),
         ("workers/verifier/engine.py", "from dspark import LLM", "verifier may not import face"),
         ("workers/verifier/engine.py", "def f():\n    import fastapi.responses", "verifier may not import fastapi"),
-        ("workers/drafter/local.py", "import dspark.workers.verifier.blocks as b", "drafter may not import verifier"),
+        ("workers/drafter/local.py", "import dspark.workers.verifier.sequence as s", "drafter may not import verifier"),
         ("workers/drafter/local.py", "import ray", "drafter may not import ray"),
+        ("workers/blocks.py", "import torch", "blocks may not import torch"),
         ("workers/build.py", "import importlib\nimportlib.import_module('ray.serve')", "workers may not import ray"),
         ("workers/wire/grpc.py", "import pickle", "nothing here is pickled"),
         ("training/run.py", "import dspark.cluster", "training may not import cluster"),

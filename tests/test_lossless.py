@@ -40,9 +40,9 @@ from dspark.deploy.default_model import default_cache, prepare
 from dspark.kernels.draft_draw import draw
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import Drafter, DraftLaw, Request
+from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.engine import Engine

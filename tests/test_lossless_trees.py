@@ -39,10 +39,10 @@ from dspark.deploy.default_model import default_cache, default_drafter, prepare
 from dspark.kernels.draft_draw import truncate_law
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftLaw, DraftTree, Request, Speculation
+from dspark.workers.blocks import BlockPool
 from dspark.workers.build import target_head
 from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.local import LocalDrafter
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.judge import JudgeItem, judge
 from dspark.workers.verifier.targets import Target, as_target, load_model, load_tokenizer

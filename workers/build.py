@@ -17,13 +17,13 @@ from dspark.config import EngineConfig
 from dspark.deploy.default_model import DEFAULT_MODEL_NAME, default_cache, default_drafter, prepare
 from dspark.errors import ConfigError
 from dspark.types import Drafter, Mode, Speculation
+from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.self_check import SUSPICIOUS, acceptance_on_builtin_text
-from dspark.workers.verifier.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.verifier.cost_cache import device_name, fingerprint
 from dspark.workers.verifier.cost_cache import load as load_costs
 from dspark.workers.verifier.cost_cache import save as save_costs

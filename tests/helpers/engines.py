@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, Finish, Request, Speculation, StepOutcome
+from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.none import NoDrafter
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.engine import Engine, EngineOptions
 from dspark.workers.verifier.scheduler import Limits

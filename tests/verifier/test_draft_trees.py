@@ -15,8 +15,8 @@ from helpers.random_trees import paths_of, random_parents, tree_of
 
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, Finish, PlanRow, Request, Speculation, VerifyPlan
+from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.ngram import NgramDrafter
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.runner import Runner
 from dspark.workers.verifier.sequence import Sequence

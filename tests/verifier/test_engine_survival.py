@@ -16,11 +16,11 @@ from dspark.config import EngineConfig
 from dspark.errors import ConfigError
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, Request
+from dspark.workers.blocks import BlockPool
 from dspark.workers.build import assemble
 from dspark.workers.drafter.calibration import CALIBRATION_FILE
 from dspark.workers.drafter.dialects import save_drafter
 from dspark.workers.drafter.local import LocalDrafter
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.host import EngineHost
 from dspark.workers.verifier.targets import Target

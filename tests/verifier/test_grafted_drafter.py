@@ -14,12 +14,12 @@ from dspark.config import EngineConfig
 from dspark.errors import ConfigError
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, Request
+from dspark.workers.blocks import BlockPool
 from dspark.workers.build import assemble, load_engine
 from dspark.workers.drafter.dialects import save_drafter
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.module_config import HeadType
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.targets import Target
 

@@ -19,10 +19,10 @@ from dspark.errors import ConfigError
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, DraftTree, DraftTurn, Request
+from dspark.workers.blocks import BlockPool
 from dspark.workers.build import load_engine
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.forward import StepInput
 from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.parallel.group import HEAD_WORDS, RankGroup

@@ -11,7 +11,7 @@ from helpers import families
 from dspark.errors import ConfigError
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, PlanRow, Request, Speculation, VerifyPlan
-from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.runner import Runner
 from dspark.workers.verifier.sequence import Sequence

@@ -17,8 +17,8 @@ from torch import Tensor
 from dspark.errors import BadRequest, Overloaded
 from dspark.kernels.buckets import pad_rows, padded_size
 from dspark.types import Drafter, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
+from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.aside import Aside
-from dspark.workers.verifier.blocks import BlockPool
 from dspark.workers.verifier.costs import CostTable, LiveCosts
 from dspark.workers.verifier.counters import EngineCounters
 from dspark.workers.verifier.draft_planner import DraftPlanner

@@ -7,7 +7,7 @@ import os
 import torch
 
 from dspark.errors import ConfigError
-from dspark.workers.verifier.blocks import BLOCK_SIZE
+from dspark.workers.blocks import BLOCK_SIZE
 from dspark.workers.verifier.targets import Target
 
 KV_SHARE = {"cpu": 0.15, "cuda": 0.7}  # of the memory that is free after loading the weights

@@ -11,7 +11,7 @@ from torch import Tensor
 from dspark.kernels.buckets import padded_size
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.types import PlanRow, VerifyPlan
-from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.forward import Forward, StepInput
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.targets import Target

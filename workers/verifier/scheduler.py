@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dspark.types import PlanRow, VerifyPlan
-from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.draft_planner import DraftPlanner, Share, StepShape
 from dspark.workers.verifier.latency import Prefill, Stake, choose_rows, chunk_tokens, line_key, stake
 from dspark.workers.verifier.sequence import Sequence

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
-from dspark.workers.verifier.blocks import chain_hash, root_hash
+from dspark.workers.blocks import chain_hash, root_hash
 from dspark.workers.verifier.draft_policy import Rest
 from dspark.workers.verifier.text import TextStream
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dspark.workers.verifier.blocks import BLOCK_SIZE
+from dspark.workers.blocks import BLOCK_SIZE
 from dspark.workers.verifier.forward import Forward, StepInput
 from dspark.workers.verifier.parallel.group import RankGroup
 from dspark.workers.verifier.parallel.loading import agree_on_kv, load_share, reach_store

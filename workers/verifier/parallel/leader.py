@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from dspark.errors import ConfigError, WorkerLost
-from dspark.workers.verifier.blocks import BLOCK_SIZE
+from dspark.workers.blocks import BLOCK_SIZE
 from dspark.workers.verifier.forward import StepInput
 from dspark.workers.verifier.parallel.group import RankGroup
 from dspark.workers.verifier.parallel.layout import Layout

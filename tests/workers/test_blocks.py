@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark.workers.verifier.blocks import BlockPool, chain_hash, root_hash
+from dspark.workers.blocks import BlockPool, chain_hash, root_hash
 
 
 def hashes(tokens: list[int], size: int, salt: str = "") -> list[bytes]:

@@ -132,6 +132,7 @@ class DraftTurn:
     sampling: SamplingParams
     noise_seed: int
     max_nodes: int = 0
+    cache_salt: str = ""  # requests with different salts share no context
 
 
 @dataclass(frozen=True, slots=True)

@@ -366,6 +366,7 @@ class Engine:
                     sampling=sequence.request.sampling,
                     noise_seed=sequence.request.noise_seed,
                     max_nodes=nodes,
+                    cache_salt=sequence.request.cache_salt,
                 )
             )
             sequence.num_taught = sequence.num_known

@@ -168,7 +168,7 @@ class WireServer(VerifierServicer):
         self._publish()
 
     async def Session(self, requests: AsyncIterator[pb.Up], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[pb.Down]:
-        await self._check_token(context)
+        await check_token(context, self._token)
         session = _Session(self._host, await self._greet(requests, context))
         yield pb.Down(welcome=pb.Welcome(protocol=PROTOCOL, replica_id=self._replica_id, fingerprint=self._fingerprint))
         yield pb.Down(view=status_to_wire(self.status()))
@@ -200,12 +200,6 @@ class WireServer(VerifierServicer):
     def _obey(self) -> None:
         """Each router sees its own clients only; the one that is most in need of fast steps decides."""
         self._host.tune(min((session.tune.speculation_limit for session in self._sessions), default=1.0))
-
-    async def _check_token(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        sent = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
-        sent = sent if isinstance(sent, bytes) else str(sent).encode()
-        if not hmac.compare_digest(sent, self._token):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
 
     async def _greet(self, requests: AsyncIterator[pb.Up], context: grpc.aio.ServicerContext[Any, Any]) -> str:
         """Check the Hello; returns the session's name."""
@@ -256,3 +250,11 @@ class WireServer(VerifierServicer):
         message = pb.Down(view=status_to_wire(self.status()))
         for session in self._sessions:
             session.put(message)
+
+
+async def check_token(context: grpc.aio.ServicerContext[Any, Any], token: bytes) -> None:
+    """Refuse a stream whose metadata lacks the token; the comparison takes the same time whatever was sent."""
+    sent = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
+    sent = sent if isinstance(sent, bytes) else str(sent).encode()
+    if not hmac.compare_digest(sent, token):
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")

@@ -22,6 +22,7 @@ from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
+from dspark.workers.drafter.target_ends import head_of
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.self_check import SUSPICIOUS, acceptance_on_builtin_text
 from dspark.workers.verifier.cost_cache import device_name, fingerprint
@@ -283,17 +284,7 @@ def target_head(target: Target) -> TargetHead:
     """The target's embedding and output head, as drafters share them."""
     embedding: Any = target.model.get_input_embeddings()
     lm_head: Any = target.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    config = target.model.config.get_text_config(decoder=True)
-    return TargetHead(
-        embed=embedding.weight,
-        lm_head=lm_head.weight,
-        hidden_size=target.hidden_size,
-        vocab_size=target.vocab_size,
-        num_layers=target.num_layers,
-        model_type=config.model_type,
-        embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    return head_of(target.model, embedding.weight, lm_head.weight)
 
 
 def _check_drafter(engine: Engine, tokenizer: Any, name: str, progress: Progress) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dspark.errors import ConfigError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SAMPLES, SAMPLE_BYTES = 64, 16384  # a checkpoint of gigabytes is named in milliseconds
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -26,12 +28,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / CONFIG_FILE)
 
 
-def read_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of the folder by name, floating ones in ``dtype``; ConfigError if there are none or a file is damaged."""
+def read_tensors(folder: Path, dtype: torch.dtype, device: torch.device, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+    """The folder's ``wanted`` tensors (None: all) by name, floating ones in ``dtype``; ConfigError if a file is missing or damaged."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
-            tensors.update(_read_file(path, dtype, device))
+            tensors.update(_read_file(path, dtype, device, wanted))
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"drafter: {path} cannot be read: {error}") from error
     return tensors
@@ -44,9 +46,36 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_file(path: Path, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors of the folder, without reading them."""
+    names: set[str] = set()
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"drafter: {path} cannot be read: {error}") from error
+    return names
+
+
+def fingerprint(folder: Path) -> str:
+    """Names the checkpoint: equal fingerprints mean the same configuration and, by ``SAMPLES`` places of every file, the same weights."""
+    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
+    for path in _weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as stream:
+            for place in range(SAMPLES):
+                stream.seek(place * max(0, size - SAMPLE_BYTES) // max(1, SAMPLES - 1))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _read_file(path: Path, dtype: torch.dtype, device: torch.device, wanted: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (not a dict: it has no iterator)
+            if wanted is not None and name not in wanted:
+                continue
             tensor = file.get_tensor(name)
             yield name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
 

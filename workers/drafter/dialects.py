@@ -13,7 +13,7 @@ from dspark.workers.drafter import checkpoint
 from dspark.workers.drafter.calibration import read_signals, read_temperatures
 from dspark.workers.drafter.dialect_configs import DEEPSPEC_QWEN3, read_module_config
 from dspark.workers.drafter.draft_vocabulary import read_draft_vocabulary, restrict_vocabulary
-from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.dspark_module import DSparkModule, FeatureProjection
 from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle, ModuleConfig
 from dspark.workers.drafter.target_head import TargetHead
 
@@ -48,6 +48,18 @@ def load_drafter(folder: Path, head: TargetHead, dtype: torch.dtype, device: tor
     module.confidence_temperatures = read_temperatures(folder, config.block_size, device)
     module.signals = read_signals(folder, config.block_size, config.has_confidence)
     return module.requires_grad_(False).eval()
+
+
+def load_projection(folder: Path, head: TargetHead, dtype: torch.dtype, device: torch.device) -> FeatureProjection:
+    """The part of the drafter in ``folder`` that turns taps of its target into features; ConfigError as ``load_drafter``."""
+    raw = checkpoint.read_config(folder)
+    names = {name.removeprefix(HEAD_CONTAINER) for name in checkpoint.tensor_names(folder)}
+    config = read_module_config(folder, raw, has_qk_norm="layers.0.self_attn.q_norm.weight" in names)
+    _check_fits(folder, config, head, raw.get("num_target_layers"))
+    with torch.device("meta"):
+        projection = FeatureProjection(config)
+    _assign(folder, projection, checkpoint.read_tensors(folder, dtype, device, projection.state_dict().keys()))
+    return projection.requires_grad_(False).eval()
 
 
 def save_drafter(folder: Path, module: DSparkModule) -> None:
@@ -130,7 +142,7 @@ def _check_shared(folder: Path, config: ModuleConfig, head: TargetHead, shared: 
             raise ConfigError(f"drafter: {folder}: {name} is {list(tensor.shape)}, the target needs {list(expected)}")
 
 
-def _assign(folder: Path, module: DSparkModule, tensors: dict[str, Tensor]) -> None:
+def _assign(folder: Path, module: FeatureProjection, tensors: dict[str, Tensor]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ConfigError(f"drafter: {folder} lacks the weights {_some(missing)}")

@@ -26,15 +26,27 @@ from dspark.workers.drafter.module_config import HeadType, ModuleConfig
 from dspark.workers.drafter.target_head import TargetHead
 
 
-class DSparkModule(nn.Module):
-    """Drafts blocks of ``config.block_size`` tokens from target features; holds no state of any request."""
+class FeatureProjection(nn.Module):
+    """From taps to context features: the part of a drafter that runs beside the target, wherever the rest does."""
 
-    def __init__(self, config: ModuleConfig, head: TargetHead) -> None:
+    def __init__(self, config: ModuleConfig) -> None:
         super().__init__()
         self.config = config
         d = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
+
+    def project(self, taps: Tensor) -> Tensor:
+        """Context features [N, d] of concatenated taps [N, m * d]."""
+        return cast(Tensor, self.hidden_norm(self.fc(taps.to(self.fc.weight.dtype))))
+
+
+class DSparkModule(FeatureProjection):
+    """Drafts blocks of ``config.block_size`` tokens from target features; holds no state of any request."""
+
+    def __init__(self, config: ModuleConfig, head: TargetHead) -> None:
+        super().__init__(config)
+        d = config.hidden_size
         self.layers = nn.ModuleList(DraftLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.markov_head = None if config.head_type is HeadType.NONE else MarkovHead(config)
@@ -66,10 +78,6 @@ class DSparkModule(nn.Module):
     def draft_target_ids(self) -> Tensor | None:
         """Target ids of the draft vocabulary [Vd], strictly increasing; None when it is the whole vocabulary."""
         return self._target_ids
-
-    def project(self, taps: Tensor) -> Tensor:
-        """Context features [N, d] of concatenated taps [N, m * d]."""
-        return cast(Tensor, self.hidden_norm(self.fc(taps.to(self.fc.weight.dtype))))
 
     def context_kv(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [N, Hkv, D] of every layer for context positions."""

@@ -1,8 +1,9 @@
 """What a verifier and a draft worker say to each other, as nouns: ``workers/drafter`` speaks them, ``workers/wire`` carries them.
 
 A verifier sends numbered batches of ``DraftTurn``; every batch is answered once, by its number, with the trees that were
-drafted and with the requests in which the worker lags behind. A worker that lags (it never had the request, its blocks were
-needed elsewhere, a batch was lost) says how much it holds, and is sent the rest; until then the request has no drafts.
+drafted. A turn implies what the worker holds after it: ``base_len`` tokens, and context of all positions up to the end of
+its features. Where that is wrong (the worker found more of the prefix in its cache, never had the request, or a batch was
+lost) the answer says what it does hold, and the verifier goes on from there; a request without context has no drafts.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class TurnBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Lag:
+class Held:
     """What the worker holds of a request after a batch: ``known`` tokens, and context of positions below ``have``.
 
     ``is_full``: it has no room for the request now, and has forgotten it.
@@ -61,11 +62,14 @@ class Lag:
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
-    """The answer to the batch ``seq``; ``seconds`` is what computing it took at the worker."""
+    """The answer to the batch ``seq``.
+
+    ``held`` names the requests of which the worker does not hold what their turns implied. ``seconds`` is what computing took.
+    """
 
     seq: int
     trees: tuple[DraftTree, ...] = ()
-    lags: tuple[Lag, ...] = ()
+    held: tuple[Held, ...] = ()
     seconds: float = 0.0
 
 

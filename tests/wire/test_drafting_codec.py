@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark.drafting import DraftBatch, DraftLayout, Lag, TurnBatch
+from dspark.drafting import DraftBatch, DraftLayout, Held, TurnBatch
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftLaw, DraftTree, DraftTurn
 from dspark.workers.wire import drafting_codec as codec
@@ -32,7 +32,7 @@ def turn_message() -> pb.Turns:
 
 
 def drafts_message() -> pb.Drafts:
-    return codec.drafts_to_wire(DraftBatch(7, (TREE,), (Lag("s", 5, 4), Lag("u", 0, 0, True)), 0.25))
+    return codec.drafts_to_wire(DraftBatch(7, (TREE,), (Held("s", 5, 4), Held("u", 0, 0, True)), 0.25))
 
 
 def test_turns_survive() -> None:
@@ -56,7 +56,7 @@ def test_features_are_waited_for() -> None:
 def test_drafts_survive() -> None:
     batch = codec.drafts_from_wire(pb.Drafts.FromString(drafts_message().SerializeToString()), LAYOUT)
     (tree,) = batch.trees
-    assert (batch.seq, batch.seconds, batch.lags) == (7, 0.25, (Lag("s", 5, 4), Lag("u", 0, 0, True)))
+    assert (batch.seq, batch.seconds, batch.held) == (7, 0.25, (Held("s", 5, 4), Held("u", 0, 0, True)))
     assert dataclasses.replace(tree, law=None) == dataclasses.replace(TREE, law=None)
     assert tree.law is not None
     assert torch.equal(tree.law.ids, LAW.ids)
@@ -74,12 +74,12 @@ def test_tensors_survive(dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def spoilt(field: str, value: Any) -> Callable[[], None]:
-    """Decode a message in which one field of a tensor or of its turn, tree or lag was set to another value."""
+    """Decode a message in which one field of a tensor or of its turn, tree or held was set to another value."""
 
     def decode() -> None:
         where, *names = field.split(".")
         turns, drafts = turn_message(), drafts_message()
-        message: Any = {"turn": turns.turns[0], "tree": drafts.trees[0], "lag": drafts.lags[0], "drafts": drafts}[where]
+        message: Any = {"turn": turns.turns[0], "tree": drafts.trees[0], "held": drafts.held[0], "drafts": drafts}[where]
         for name in names[:-1]:
             message = getattr(message, name)
         target = getattr(message, names[-1])
@@ -122,7 +122,7 @@ BAD = {
     "tree.law_ids": (tensor_to_wire(torch.tensor([[4, 8, 0], [5, 31, 0]], dtype=torch.int32)), "cannot have been drawn"),
     "tree.law_probs": (tensor_to_wire(LAW.probs * 1.01), "cannot have been drawn"),
     "tree.law_probs.shape": ([3, 2], "law_probs has shape"),
-    "lag.have": (6, "context of 6 positions for 5 tokens"),
+    "held.have": (6, "context of 6 positions for 5 tokens"),
     "drafts.seconds": (float("inf"), "seconds"),
 }
 

@@ -19,7 +19,7 @@ from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
 from dspark.workers.drafter.block_draw import DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
-from dspark.workers.drafter.paged_context import DraftPools, PagedContext
+from dspark.workers.drafter.paged_context import DraftPools, PagedContext, block_slots
 from dspark.workers.drafter.tree_draw import TreeRows, draw_trees
 
 CPU_HEAD_TOP_K = 512
@@ -67,11 +67,11 @@ class LocalDrafter:
         """Store the context of all turns, in one pass a layer, and note what each request may draft next."""
         for turn in turns:
             self._advance(turn)
-        fed = [(turn, count) for turn in turns if (count := _num_usable(turn)) > 0]
+        fed = [(turn, count) for turn in turns if (count := num_usable(turn)) > 0]
         if not fed:
             return
-        features = pad_rows(torch.cat([turn.features[:count] for turn, count in fed]).to(self.module.fc.weight.dtype))
-        slots = torch.cat([self._slots(turn.request_id, turn.feature_start, count) for turn, count in fed]).to(self._device)
+        features = pad_rows(torch.cat([turn.features[:count] for turn, count in fed]).to(self._device, self.module.fc.weight.dtype))
+        slots = torch.cat([block_slots(self._tables, turn.request_id, turn.feature_start, count) for turn, count in fed]).to(self._device)
         positions = torch.zeros(len(features), dtype=torch.int64)
         positions[: len(slots)] = torch.cat([torch.arange(turn.feature_start, turn.feature_start + count) for turn, count in fed])
         for layer, (k, v) in enumerate(self.module.context_kv(features, positions.to(self._device))):
@@ -117,14 +117,6 @@ class LocalDrafter:
             return
         anchor = turn.tokens[-1] if turn.tokens or state is None else state.anchor
         self._states[turn.request_id] = _State(turn.base_len, anchor, turn.sampling, turn.noise_seed, turn.max_draft, turn.max_nodes)
-
-    def _slots(self, request_id: str, start: int, count: int) -> Tensor:
-        """Pool slots [count] of positions ``start ..``."""
-        size = self._tables.block_size
-        first, last = start // size, (start + count - 1) // size
-        blocks = torch.tensor(self._tables.table(request_id)[first : last + 1], dtype=torch.int64)
-        slots = (blocks.unsqueeze(1) * size + torch.arange(size)).flatten()
-        return slots[start - first * size :][:count]
 
     def _num_wanted(self, request_id: str, limit: int) -> int:
         state = self._states.get(request_id)
@@ -185,7 +177,7 @@ class LocalDrafter:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-def _num_usable(turn: DraftTurn) -> int:
+def num_usable(turn: DraftTurn) -> int:
     """Features of committed positions before the anchor; what was computed for rejected drafts is of no use."""
     if turn.features is None:
         return 0

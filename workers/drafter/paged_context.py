@@ -21,7 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dspark.types import BlockTables
 from dspark.workers.drafter.module_config import LayerMask, ModuleConfig
+
+
+def block_slots(tables: BlockTables, request_id: str, start: int, count: int) -> Tensor:
+    """Pool slots [count] of a request's positions ``start ..``; its table must cover them."""
+    size = tables.block_size
+    first, last = start // size, (start + count - 1) // size
+    blocks = torch.tensor(tables.table(request_id)[first : last + 1], dtype=torch.int64)
+    slots = (blocks.unsqueeze(1) * size + torch.arange(size)).flatten()
+    return slots[start - first * size :][:count]
 
 
 class DraftPools:

@@ -55,13 +55,15 @@ class _Session:
         self.fault: WireError | None = None
         self._host = host
         self._loop = asyncio.get_running_loop()
+        self._stream = asyncio.current_task()
         self._is_open = True
 
     def put(self, message: pb.Down) -> None:
-        if self.outbox.qsize() >= MAX_BACKLOG:
-            self.end(WireError(f"{MAX_BACKLOG} answers wait to be read"))
-        else:
+        if self.outbox.qsize() < MAX_BACKLOG:
             self.outbox.put_nowait(message)
+        elif self._stream is not None and not self._stream.cancelling():
+            _log.warning("session %s is ended: %d answers wait to be read", self.key, MAX_BACKLOG)
+            self._stream.cancel()  # it waits for the other end to read, which nothing else would end
 
     def end(self, fault: WireError | None = None) -> None:
         """Let the stream end after what is queued, or at once with a fault."""

@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from dspark.drafting import DraftBatch, DraftLayout, Lag, TurnBatch
+from dspark.drafting import DraftBatch, DraftLayout, Held, TurnBatch
 from dspark.errors import BadRequest
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import MAX_TREE_NODES, DraftLaw, DraftTree, DraftTurn
@@ -117,8 +117,8 @@ def _sampling(message: pb.Turn) -> SamplingParams:
 
 def drafts_to_wire(batch: DraftBatch) -> pb.Drafts:
     """The message of an answer."""
-    lags = [pb.Lag(id=lag.request_id, known=lag.known, have=lag.have, is_full=lag.is_full) for lag in batch.lags]
-    return pb.Drafts(seq=batch.seq, trees=[_tree_to_wire(tree) for tree in batch.trees], lags=lags, seconds=batch.seconds)
+    held = [pb.Held(id=item.request_id, known=item.known, have=item.have, is_full=item.is_full) for item in batch.held]
+    return pb.Drafts(seq=batch.seq, trees=[_tree_to_wire(tree) for tree in batch.trees], held=held, seconds=batch.seconds)
 
 
 def _tree_to_wire(tree: DraftTree) -> pb.Tree:
@@ -136,12 +136,12 @@ def _tree_to_wire(tree: DraftTree) -> pb.Tree:
 
 def drafts_from_wire(message: pb.Drafts, layout: DraftLayout) -> DraftBatch:
     """A checked answer: every tree is one, and every law is a law from which its token can have been drawn."""
-    if len(message.trees) > MAX_TURNS or len(message.lags) > MAX_TURNS:
-        raise WireError(f"{len(message.trees)} trees and {len(message.lags)} lags in one answer; at most {MAX_TURNS}")
+    if len(message.trees) > MAX_TURNS or len(message.held) > MAX_TURNS:
+        raise WireError(f"{len(message.trees)} trees and {len(message.held)} held requests in one answer; at most {MAX_TURNS}")
     if not math.isfinite(message.seconds) or message.seconds < 0:
         raise WireError("seconds is no duration")
     trees = tuple(_tree_from_wire(tree, layout.vocab_size) for tree in message.trees)
-    return DraftBatch(message.seq, trees, tuple(_lag_from_wire(lag) for lag in message.lags), message.seconds)
+    return DraftBatch(message.seq, trees, tuple(_held_from_wire(held) for held in message.held), message.seconds)
 
 
 def _tree_from_wire(message: pb.Tree, vocab_size: int) -> DraftTree:
@@ -177,11 +177,11 @@ def _law(message: pb.Tree, tokens: Sequence[int], vocab_size: int) -> DraftLaw |
     return DraftLaw(ids.to(torch.int64), probs)
 
 
-def _lag_from_wire(message: pb.Lag) -> Lag:
+def _held_from_wire(message: pb.Held) -> Held:
     check_id(message.id)
     if message.known > MAX_LEN or message.have > message.known:
-        raise WireError(f"lag of {message.id}: context of {message.have} positions for {message.known} tokens")
-    return Lag(message.id, message.known, message.have, message.is_full)
+        raise WireError(f"held of {message.id}: context of {message.have} positions for {message.known} tokens")
+    return Held(message.id, message.known, message.have, message.is_full)
 
 
 # --- ids ---

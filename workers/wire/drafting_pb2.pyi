@@ -115,16 +115,16 @@ class Close(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Drafts(_message.Message):
-    __slots__ = ("seq", "trees", "lags", "seconds")
+    __slots__ = ("seq", "trees", "held", "seconds")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     TREES_FIELD_NUMBER: _ClassVar[int]
-    LAGS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     seq: int
     trees: _containers.RepeatedCompositeFieldContainer[Tree]
-    lags: _containers.RepeatedCompositeFieldContainer[Lag]
+    held: _containers.RepeatedCompositeFieldContainer[Held]
     seconds: float
-    def __init__(self, seq: _Optional[int] = ..., trees: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., lags: _Optional[_Iterable[_Union[Lag, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, seq: _Optional[int] = ..., trees: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Tree(_message.Message):
     __slots__ = ("id", "base_len", "tokens", "parents", "confidence", "margin", "law_ids", "law_probs")
@@ -146,7 +146,7 @@ class Tree(_message.Message):
     law_probs: Tensor
     def __init__(self, id: _Optional[str] = ..., base_len: _Optional[int] = ..., tokens: _Optional[_Union[Tensor, _Mapping]] = ..., parents: _Optional[_Union[Tensor, _Mapping]] = ..., confidence: _Optional[_Union[Tensor, _Mapping]] = ..., margin: _Optional[_Union[Tensor, _Mapping]] = ..., law_ids: _Optional[_Union[Tensor, _Mapping]] = ..., law_probs: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
-class Lag(_message.Message):
+class Held(_message.Message):
     __slots__ = ("id", "known", "have", "is_full")
     ID_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]

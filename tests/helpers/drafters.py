@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dspark.types import DraftSignals, DraftTree, DraftTurn
+from dspark.types import BlockTables, DraftSignals, DraftTree, DraftTurn
 
 Fault = Literal["none", "drop", "stale", "adversarial", "random"]
 
@@ -143,3 +143,42 @@ class TreeOracle(OracleDrafter):
 
     def _true(self, turn: DraftTurn, count: int) -> list[int]:
         return [int(token) for token in self._truth.get(turn.request_id, ())[turn.base_len : turn.base_len + count]]
+
+
+class KnownTexts:
+    """Continues whichever of some texts a request's tokens begin, with confidence 0.99; checks that its tables hold the context."""
+
+    block_size = 4
+    taps: tuple[int, ...] = ()
+    signals = DraftSignals()
+
+    def __init__(self, texts: Sequence[Sequence[int]], tables: BlockTables) -> None:
+        self._texts = [tuple(text) for text in texts]
+        self._tables = tables
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._wanted: dict[str, int] = {}
+
+    def project(self, taps: Any) -> None:
+        """No features."""
+
+    def propose(self, turns: Sequence[DraftTurn]) -> None:
+        for turn in turns:
+            known = self._known.get(turn.request_id, ())
+            self._known[turn.request_id] = known[: turn.base_len - len(turn.tokens)] + turn.tokens
+            self._wanted[turn.request_id] = turn.max_draft
+            assert len(self._known[turn.request_id]) == turn.base_len
+
+    def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
+        trees = {}
+        for request_id, limit in want.items():
+            known = self._known[request_id]
+            assert len(self._tables.table(request_id)) * self._tables.block_size >= len(known) - 1
+            text = next((text for text in self._texts if text[: len(known)] == known), ())
+            tokens = text[len(known) : len(known) + min(limit, self._wanted[request_id], self.block_size)]
+            if tokens:
+                trees[request_id] = DraftTree.chain(request_id, len(known), tokens, [0.99] * len(tokens))
+        return trees
+
+    def close(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            del self._known[request_id], self._wanted[request_id]

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from helpers import families
 from torch import Tensor
 
 from dspark.sampling import SamplingParams
-from dspark.types import Drafter, Finish, Request, Speculation, StepOutcome
+from dspark.types import Drafter, DraftTree, Finish, Request, Speculation, StepOutcome
 from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.none import NoDrafter
 from dspark.workers.verifier.costs import CostTable, Curve
@@ -92,3 +93,26 @@ def teacher_forced_logits(target: Target, prompt: tuple[int, ...], outputs: list
         logits = target.model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
     target.model.set_attn_implementation("dspark_paged")
     return logits
+
+
+class Spy:
+    """Notes every tree that the engine collects."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.trees: dict[tuple[str, int], DraftTree] = {}
+        inner = engine.drafter.collect
+
+        def collect(want: Any, wait_s: float) -> dict[str, DraftTree]:
+            found = inner(want, wait_s)
+            self.trees |= {(name, tree.base_len): tree for name, tree in found.items()}
+            return found
+
+        engine.drafter.collect = collect  # type: ignore[method-assign]
+
+
+def assert_same_drafts(expected: Spy, actual: Spy, name: str) -> None:
+    common = [key for key in expected.trees if key[0] == name and key in actual.trees]
+    assert len(common) > 5
+    for key in common:
+        assert actual.trees[key].tokens == expected.trees[key].tokens
+        assert actual.trees[key].confidence == pytest.approx(expected.trees[key].confidence, abs=1e-4)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from helpers import families
 from helpers.draft_modules import random_module, tiny_config, tiny_head
-from helpers.engines import FLAT, STEEP, greedy, make_engine, run, tiny_target
+from helpers.engines import FLAT, STEEP, Spy, assert_same_drafts, greedy, make_engine, run, tiny_target
 
 from dspark.config import EngineConfig
 from dspark.errors import ConfigError
 from dspark.sampling import SamplingParams
-from dspark.types import DraftTree, Request
+from dspark.types import Request
 from dspark.workers.blocks import BlockPool
 from dspark.workers.build import assemble, load_engine
 from dspark.workers.drafter.dialects import save_drafter
@@ -34,21 +34,6 @@ def target() -> Target:
 def grafted(target: Target, module: DSparkModule, num_blocks: int = 128, **options: Any) -> Engine:
     pool = BlockPool(num_blocks)
     return make_engine(target, LocalDrafter(module, pool, law_width=8), pool, **options)
-
-
-class Spy:
-    """Notes every tree that the engine collects."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.trees: dict[tuple[str, int], DraftTree] = {}
-        inner = engine.drafter.collect
-
-        def collect(want: Any, wait_s: float) -> dict[str, DraftTree]:
-            found = inner(want, wait_s)
-            self.trees |= {(name, tree.base_len): tree for name, tree in found.items()}
-            return found
-
-        engine.drafter.collect = collect  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
@@ -82,14 +67,6 @@ def test_prefix_hits_preemption_and_resume_keep_the_drafter_fed(target: Target) 
     run(squeezed, [greedy("r3", PROMPTS["r3"], 40), request])
     assert squeezed.scheduler.counters.preemptions > 0
     assert_same_drafts(reference, after_preemption, "r4")
-
-
-def assert_same_drafts(expected: Spy, actual: Spy, name: str) -> None:
-    common = [key for key in expected.trees if key[0] == name and key in actual.trees]
-    assert len(common) > 5
-    for key in common:
-        assert actual.trees[key].tokens == expected.trees[key].tokens
-        assert actual.trees[key].confidence == pytest.approx(expected.trees[key].confidence, abs=1e-4)
 
 
 def test_ratio_rule_ships_the_law_it_drew_from(target: Target) -> None:

@@ -1,0 +1,236 @@
+"""The draft workers that a verifier knows: opens a stream to each, and judges which of them can be relied on.
+
+A worker that was waited for in vain is left alone for a pause that doubles with each miss in a row. So a slow or dead worker
+costs a verifier one wait, then hardly anything, and comes back by itself. One that leaves a batch unanswered for too long is
+connected to afresh, even if its process shows signs of life.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from dspark.drafting import DraftBatch, DraftLayout, DraftSession, DraftWorkerFacts, OpenSession, TurnBatch
+from dspark.errors import DSparkError, ProtocolMismatch
+from dspark.types import DraftTurn
+
+MAX_PENDING: Final = 8  # batches without an answer; a worker with more is not sent any
+STUCK_S: Final = 10.0  # a batch without an answer for this long ends its stream
+PAUSE_S: Final = 0.25  # after the first miss
+MAX_PAUSE_S: Final = 8.0
+RETRY_S: Final = 0.1  # after the first failure to connect
+MAX_RETRY_S: Final = 5.0
+STEADY_S: Final = 5.0  # a stream that lived this long did not fail at once
+
+_log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+
+def preferred(request_id: str, worker_ids: Collection[str]) -> str:
+    """The worker with the highest hash of (request, worker): a worker that comes or goes moves only its own requests."""
+    return max(worker_ids, key=lambda worker_id: hashlib.sha256(f"{request_id}\0{worker_id}".encode()).digest())
+
+
+@dataclass(slots=True)
+class Trust:
+    """Whether a worker keeps its time; outlives its streams."""
+
+    misses: int = 0  # waits in vain since the last answer that came in time
+    pause_until_s: float = 0.0
+
+    def miss(self, now_s: float) -> None:
+        """It was waited for in vain."""
+        self.misses += 1
+        self.pause_until_s = now_s + min(MAX_PAUSE_S, PAUSE_S * 2 ** (self.misses - 1))
+
+    def keep(self) -> None:
+        """An answer was there when it was wanted."""
+        self.misses = 0
+
+
+class DraftLink:
+    """One open stream to a worker, and what it still owes. Hears the transport; read by the engine's thread."""
+
+    def __init__(self, worker_id: str, trust: Trust, changed: threading.Condition) -> None:
+        self.worker_id = worker_id
+        self.trust = trust
+        self.session: DraftSession | None = None
+        self.is_draining = False
+        self.lost_reason: str | None = None
+        self.pending: dict[int, float] = {}  # batch number -> when it was sent
+        self._answers: deque[DraftBatch] = deque()
+        self._changed = changed
+        self._next_seq = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.session is not None and self.lost_reason is None
+
+    def is_usable(self, now_s: float) -> bool:
+        """Whether it may be sent a batch: open, not too far behind, and not to be left alone after a miss."""
+        return self.is_open and len(self.pending) < MAX_PENDING and (not self.trust.misses or now_s >= self.trust.pause_until_s)
+
+    def end_if_stuck(self, now_s: float) -> None:
+        """End the stream if a batch has waited too long for its answer."""
+        oldest_s = next(iter(list(self.pending.values())), now_s)
+        if now_s - oldest_s > STUCK_S and self.session is not None:
+            self.session.end()
+
+    @property
+    def next_seq(self) -> int:
+        """The number that the next batch will have."""
+        return self._next_seq
+
+    def send(self, turns: Sequence[DraftTurn], now_s: float, wait_ready: Callable[[], None]) -> int:
+        """Send turns; returns the number of their batch."""
+        assert self.session is not None
+        seq = self._next_seq
+        self._next_seq += 1
+        with self._changed:
+            self.pending[seq] = now_s
+        self.session.send(TurnBatch(seq, tuple(turns), wait_ready))
+        return seq
+
+    def close_requests(self, request_ids: Sequence[str]) -> None:
+        """Let the worker forget requests."""
+        if self.session is not None:
+            self.session.close_requests(request_ids)
+
+    def take(self) -> list[DraftBatch]:
+        """Answers since the last call."""
+        with self._changed:
+            answers = list(self._answers)
+            self._answers.clear()
+        return answers
+
+    def arrived(self, batch: DraftBatch) -> None:
+        with self._changed:
+            self._answers.append(batch)
+            for seq in [seq for seq in self.pending if seq <= batch.seq]:  # streams keep order: an older one is lost
+                del self.pending[seq]
+            self._changed.notify_all()
+
+    def drains(self) -> None:
+        self.is_draining = True
+
+    def lost(self, reason: str) -> None:
+        with self._changed:
+            self.lost_reason = self.lost_reason or reason
+            self.pending.clear()
+            self._changed.notify_all()
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker that is to be kept connected. ``is_wanted`` False ends its thread."""
+
+    facts: DraftWorkerFacts
+    trust: Trust = field(default_factory=Trust)
+    link: DraftLink | None = None
+    is_wanted: bool = True
+
+
+class DraftLinks:
+    """Streams to all workers that ``set_workers`` named, one thread each that keeps its stream open."""
+
+    def __init__(self, layout: DraftLayout, open_session: OpenSession, clock: Clock = time.monotonic) -> None:
+        self.layout = layout
+        self.clock = clock
+        self.num_lost = 0
+        self.retired_bytes = [0, 0]  # sent and received on streams that have ended
+        self._open_session = open_session
+        self._changed = threading.Condition()
+        self._workers: dict[str, _Worker] = {}
+
+    def set_workers(self, facts: Iterable[DraftWorkerFacts]) -> None:
+        """Connect to these workers, and to no others, from now on."""
+        wanted = {fact.worker_id: fact for fact in facts}
+        with self._changed:
+            gone = [name for name, worker in self._workers.items() if wanted.get(name) != worker.facts]
+            ended = [self._workers.pop(name) for name in gone]
+            fresh = [_Worker(fact) for name, fact in wanted.items() if name not in self._workers]
+            self._workers.update({worker.facts.worker_id: worker for worker in fresh})
+            for worker in ended:
+                worker.is_wanted = False
+            self._changed.notify_all()
+        for worker in fresh:
+            threading.Thread(target=self._keep, args=(worker,), name=f"draft-worker-{worker.facts.worker_id}", daemon=True).start()
+
+    def close(self) -> None:
+        """End every stream."""
+        self.set_workers(())
+
+    @property
+    def links(self) -> list[DraftLink]:
+        """Open streams."""
+        with self._changed:
+            return [worker.link for worker in self._workers.values() if worker.link is not None and worker.link.is_open]
+
+    def usable(self) -> dict[str, DraftLink]:
+        """Streams that may be sent turns now, by worker; those that drain only if there are no others."""
+        now_s = self.clock()
+        for link in self.links:
+            link.end_if_stuck(now_s)
+        found = {link.worker_id: link for link in self.links if link.is_usable(now_s)}
+        return {name: link for name, link in found.items() if not link.is_draining} or found
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Return when there is an open stream; False if there is none after ``timeout_s``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: any(w.link is not None and w.link.is_open for w in self._workers.values()), timeout_s)
+
+    def wait_answered(self, awaited: Collection[tuple[DraftLink, int]], timeout_s: float) -> None:
+        """Return when all these batches are answered or their streams lost, or after ``timeout_s``."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(seq in link.pending for link, seq in awaited), timeout_s)
+
+    @property
+    def num_bytes(self) -> tuple[int, int]:
+        """Bytes of messages sent and received so far."""
+        sessions = [link.session for link in self.links if link.session is not None]
+        sent, received = (sum(s.bytes_sent for s in sessions), sum(s.bytes_received for s in sessions))
+        return self.retired_bytes[0] + sent, self.retired_bytes[1] + received
+
+    def _keep(self, worker: _Worker) -> None:
+        """Keep one worker connected until it is not wanted any more, or refuses for good."""
+        retry_s = RETRY_S
+        while worker.is_wanted:
+            link = DraftLink(worker.facts.worker_id, worker.trust, self._changed)
+            opened_s = self.clock()
+            try:
+                link.session = self._open_session(worker.facts, self.layout, link)
+            except ProtocolMismatch as error:
+                _log.error("draft worker %s is not used: %s", worker.facts.worker_id, error)
+                return
+            except DSparkError as error:
+                _log.info("draft worker %s cannot be reached: %s", worker.facts.worker_id, error)
+            else:
+                self._hold(worker, link)
+                retry_s = RETRY_S if self.clock() - opened_s > STEADY_S else retry_s
+            with self._changed:
+                self._changed.wait_for(lambda: not worker.is_wanted, retry_s)
+            retry_s = min(2 * retry_s, MAX_RETRY_S)
+
+    def _hold(self, worker: _Worker, link: DraftLink) -> None:
+        """Offer an open stream until it is lost or not wanted."""
+        assert link.session is not None
+        with self._changed:
+            worker.link = link
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: link.lost_reason is not None or not worker.is_wanted)
+            worker.link = None
+        link.session.end()
+        self.retired_bytes[0] += link.session.bytes_sent
+        self.retired_bytes[1] += link.session.bytes_received
+        if worker.is_wanted:
+            self.num_lost += 1
+            _log.warning("lost draft worker %s: %s", worker.facts.worker_id, link.lost_reason)
+        else:
+            link.lost("not wanted any more")

@@ -69,6 +69,20 @@ def test_prefix_hits_preemption_and_resume_keep_the_drafter_fed(target: Target) 
     assert_same_drafts(reference, after_preemption, "r4")
 
 
+def test_blocks_that_a_request_s_last_step_filled_are_whole_for_the_drafter(target: Target) -> None:
+    """The next turn of a conversation finds them in the prefix cache."""
+    module = random_module(target)
+    engine = grafted(target, module, speculation="static:3")
+    begin = PROMPTS["r3"]
+    text = [*begin, *run(engine, [greedy("first", begin, 48 - len(begin) + 1)])["first"].tokens]
+    follow_up = greedy("second", [*text, 5, 6, 7], 30)
+    after_hit = Spy(engine)
+    assert run(engine, [follow_up])["second"].outcomes[0].num_cached_tokens == 48
+    reference = Spy(cold := grafted(target, module, speculation="static:3"))
+    run(cold, [follow_up])
+    assert_same_drafts(reference, after_hit, "second")
+
+
 def test_ratio_rule_ships_the_law_it_drew_from(target: Target) -> None:
     engine = grafted(target, random_module(target), speculation="static:4")
     spy = Spy(engine)

@@ -210,8 +210,9 @@ class Engine:
             self.aside.run(partial(self._learn, record))
         else:
             self._learn(record)
-        outcomes, advances = self._commit(plan, result, verdicts, times.judged_s)
-        self._propose(advances, result.taps)
+        outcomes, advances, ended = self._commit(plan, result, verdicts, times.judged_s)
+        self._propose(advances, ended, result.taps)
+        self._forget(ended)
         return outcomes
 
     def _collect(self) -> tuple[int, int]:
@@ -278,8 +279,8 @@ class Engine:
 
     def _commit(
         self, plan: VerifyPlan, result: StepResult, verdicts: dict[str, Verdict], now_s: float
-    ) -> tuple[list[StepOutcome], list[Advance]]:
-        """Commit every row; returns the outcomes, and what the rows of requests that go on leave for the drafter."""
+    ) -> tuple[list[StepOutcome], list[Advance], list[Sequence]]:
+        """Commit every row; returns the outcomes, what the rows leave for the drafter, and the requests that ended."""
         outcomes: list[StepOutcome] = []
         advances: list[Advance] = []
         ended: list[Sequence] = []
@@ -297,13 +298,11 @@ class Engine:
                 outcomes.append(outcome)
                 if outcome.finish is not None:
                     ended.append(sequence)
-            if not ended or ended[-1] is not sequence:
-                known = range(flat, flat + row.num_known)
-                advances.append(Advance(sequence, [*known, *(known.stop + node for node in accepted)], row.start))
+            known = range(flat, flat + row.num_known)
+            advances.append(Advance(sequence, [*known, *(known.stop + node for node in accepted)], row.start))
             self.scheduler.commit(sequence, min(row.start + row.num_known + len(accepted), sequence.num_known))
             flat += row.num_tokens
-        self._forget(ended)
-        return outcomes, advances
+        return outcomes, advances, ended
 
     def _commit_tokens(self, sequence: Sequence, verdict: Verdict, num_draft: int, now_s: float) -> StepOutcome:
         """Append a verdict's tokens as far as the request still runs."""
@@ -340,19 +339,24 @@ class Engine:
             top = sequence.request.sampling.prompt_logprobs or 0
             sequence.prompt_logprobs.extend(prompt_logprobs(result.logits[first : first + count], tokens, top))
 
-    def _propose(self, advances: Seq[Advance], taps: Tensor | None) -> None:
-        """Tell the drafter what became known, with the projected features of every position that got KV for good."""
+    def _propose(self, advances: Seq[Advance], ended: Seq[Sequence], taps: Tensor | None) -> None:
+        """Tell the drafter what became known, with the projected features of every position that got KV for good.
+
+        Of requests that ended as well: their last blocks are in the prefix cache, and must be whole for the drafter too.
+        """
         features: list[Tensor | None] = [None] * len(advances)
         if taps is not None and advances:
             rows = [row for advance in advances for row in advance.rows]
             projected = self.drafter.project(pad_rows(taps[rows]))[: len(rows)]
             features = list(projected.split([len(advance.rows) for advance in advances]))
-        depth = self.drafts.depth(self.scheduler.running)
-        self.tree_nodes = self.shapes.nodes(len(self.scheduler.running))
+        going = [s for s in self.scheduler.running if s not in ended]
+        depth = self.drafts.depth(going)
+        self.tree_nodes = self.shapes.nodes(len(going))
         turns = []
         for advance, feature in zip(advances, features, strict=True):
             sequence = advance.sequence
-            sequence.draft_depth = self._draft_depth(sequence, depth) if sequence.num_pending == 1 else 0
+            goes_on = sequence.num_pending == 1 and sequence not in ended
+            sequence.draft_depth = self._draft_depth(sequence, depth) if goes_on else 0
             nodes = sequence.max_nodes(sequence.draft_depth, self.options.max_model_len, self.tree_nodes)
             sequence.drafts_wanted = nodes or sequence.draft_depth
             turns.append(

@@ -87,6 +87,21 @@ def test_drafts_equal_those_of_a_grafted_drafter(sampling: SamplingParams) -> No
         sides[0].drafter.close(["r"])
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, RATIO, COUPLED])
+def test_trees_equal_those_of_a_grafted_drafter(sampling: SamplingParams) -> None:
+    with draft_workers(MODULE, "w0") as workers:
+        sides = (far(workers), near())
+        for side in sides:
+            side.feed("r", 15, sampling=sampling, max_nodes=11)
+        trees = [side.draft("r", 11) for side in sides]
+        same(*trees)
+        assert trees[0] is not None
+        assert not trees[0].is_chain
+        assert len(trees[0].tokens) == 11
+        same(*(side.draft("r", 5) for side in sides))
+        sides[0].drafter.close(["r"])
+
+
 def test_propose_waits_for_nothing_and_collect_no_longer_than_it_may() -> None:
     with draft_workers(MODULE, "w0") as workers:
         side = far(workers)

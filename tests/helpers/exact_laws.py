@@ -21,7 +21,7 @@ from dspark.kernels.draft_draw import draw, truncate_law
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftLaw, DraftTree
 from dspark.workers.verifier.judge import JudgeItem, judge
-from dspark.workers.verifier.ratio import accept_probability, residual_weights
+from dspark.workers.verifier.ratio import accept_probability, block_chances, residual_weights
 
 Tokens = tuple[int, ...]
 
@@ -73,6 +73,16 @@ class Rule:
     own_after_all: Callable[[Tensor, Tensor | None], Tensor]
 
 
+@dataclass(frozen=True)
+class BlockRule:
+    """Verification of a whole draft. ``chances(ratios, support, probs, counts)``: the joint ratio before each draft and what the
+    prefix that it ends is taken with; ``own(target, draft, joint)`` [V]: the law of the token behind a prefix that is not the last.
+    """
+
+    chances: Callable[[Tensor, Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor]]
+    own: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 def _sparse(draft: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The draft law as the judge gets it: its support alone, for ``count`` rows."""
     ids = draft.nonzero().squeeze(1)
@@ -85,7 +95,23 @@ def _residual(target: Tensor, draft: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
+def _block_residual(target: Tensor, draft: Tensor, joint: Tensor) -> Tensor:
+    return _residual(target * joint, draft)[0]
+
+
+def _chances_of_a_longer_draft(ratios: Tensor, support: Tensor, probs: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """As if each draft were followed by one more like it: h_j where h_n belongs."""
+    joint, _ = block_chances(ratios, support, probs, counts)
+    after = (joint * ratios).clamp(max=1.0)
+    shared = torch.minimum(after[:, None] * support, probs).sum(-1)
+    return joint, torch.where(after < 1, (after - shared) / (1 - shared), 1.0)
+
+
 # The judge's own arithmetic. Its control flow is tested by sampling and by the coupled rule's equality.
+BLOCK = BlockRule(block_chances, _block_residual)
+BLOCK_WITHOUT_JOINT = BlockRule(block_chances, lambda target, draft, joint: _residual(target, draft)[0])
+BLOCK_BEYOND_ITS_END = BlockRule(_chances_of_a_longer_draft, _block_residual)
+BLOCK_TOKEN_BY_TOKEN = BlockRule(lambda ratios, *others: (torch.ones_like(ratios), ratios.clamp(max=1.0)), _block_residual)
 RATIO = Rule(accept_probability, _residual, lambda target, trimmed: target)
 RESIDUAL_AFTER_TRIM = Rule(
     accept_probability, _residual, lambda target, trimmed: target if trimmed is None else _residual(target, trimmed)[0]
@@ -110,7 +136,7 @@ class Enumeration:
     target: Law
     draft: DraftLawOf
     num_verified: NumVerified
-    rule: Rule
+    rule: Rule | BlockRule
     _cache: dict[tuple[int, Tokens, Tokens], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def run(self, num_rounds: int) -> dict[Tokens, float]:
@@ -136,6 +162,8 @@ class Enumeration:
         return outcomes
 
     def _verify(self, index: int, start: Tokens, block: Tokens) -> list[tuple[Tokens, float]]:
+        if isinstance(self.rule, BlockRule):
+            return self._verify_whole(self.rule, index, start, block)
         outcomes: list[tuple[Tokens, float]] = []
         alive = 1.0
         for j, token in enumerate(block):
@@ -147,7 +175,28 @@ class Enumeration:
         last = self.rule.own_after_all(self.target(start + block), trimmed)
         return outcomes + [((*block, v), alive * float(last[v])) for v in range(self.vocab_size)]
 
+    def _verify_whole(self, rule: BlockRule, index: int, start: Tokens, block: Tokens) -> list[tuple[Tokens, float]]:
+        """The longest prefix that is taken stands."""
+        count = len(block)
+        laws = [(self.target(start + block[:j]), self.draft(index, start, block[:j])) for j in range(count)]
+        ratios = torch.tensor([float(target[x] / draft[x]) for (target, draft), x in zip(laws, block, strict=True)], dtype=torch.float64)
+        ids = [draft.nonzero().squeeze(1) for _, draft in laws]
+        width = max(map(len, ids), default=1)
+        support, probs = (torch.zeros(count, width, dtype=torch.float64) for _ in range(2))
+        for j, (target, draft) in enumerate(laws):
+            support[j, : len(ids[j])], probs[j, : len(ids[j])] = target[ids[j]], draft[ids[j]]
+        joint, chances = rule.chances(ratios, support, probs, [count])
+        outcomes: list[tuple[Tokens, float]] = []
+        alive = 1.0
+        for length in range(count, -1, -1):
+            taken = float(chances[length - 1]) if length else 1.0
+            own = self.target(start + block) if length == count else rule.own(*laws[length], joint[length])
+            outcomes += [((*block[:length], v), alive * taken * float(own[v])) for v in range(self.vocab_size)]
+            alive *= 1 - taken
+        return outcomes
+
     def _node(self, index: int, start: Tokens, drafted: Tokens) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.rule, Rule)
         key = (index, start, drafted)
         if key not in self._cache:
             target, draft = self.target(start + drafted), self.draft(index, start, drafted)

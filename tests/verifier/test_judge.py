@@ -17,7 +17,7 @@ from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftLaw, DraftTree
 from dspark.workers.verifier import judge as judge_module
 from dspark.workers.verifier.judge import JudgeItem, Verdict, judge, prompt_logprobs
-from dspark.workers.verifier.ratio import DraftRows, accept_probability, residual_weights
+from dspark.workers.verifier.ratio import DraftRows, accept_probability, block_chances, residual_weights
 
 VOCAB = 60
 GREEDY = SamplingParams(temperature=0.0)
@@ -104,18 +104,27 @@ def test_a_seed_chooses_the_coupled_rule() -> None:
 
 
 def ratio_outcome(logits: Tensor, tokens: Sequence[int], law: DraftLaw | None, seed: int) -> tuple[int, Tensor]:
-    """(accepted, the own token's law not normalised), written out for one request."""
+    """(accepted, the own token's law not normalised), block verification written out for one request."""
     target = torch.softmax(logits.to(torch.float64), -1)
+    drafts = torch.zeros(len(tokens), logits.shape[1], dtype=torch.float64)
     for j, token in enumerate(tokens):
-        draft = torch.zeros(logits.shape[1], dtype=torch.float64)
         if law is None:
-            draft[token] = 1.0
+            drafts[j, token] = 1.0
         else:
-            draft.index_add_(0, law.ids[j], law.probs[j].to(torch.float64))
-        chance = float(uniform(torch.tensor(seed), torch.tensor(3 + j), ACCEPT))
-        if chance >= float(target[j, token] / draft[token]):
-            return j, (target[j] - draft).clamp(min=0.0)
-    return len(tokens), target[len(tokens)]
+            drafts[j].index_add_(0, law.ids[j], law.probs[j].to(torch.float64))
+    joint, count = [1.0], 0
+    for j, token in enumerate(tokens, start=1):
+        p = min(1.0, joint[-1] * float(target[j - 1, token] / drafts[j - 1, token]))
+        joint.append(p)
+        chance = p
+        if j < len(tokens):
+            left = float((p * target[j] - drafts[j]).clamp(min=0.0).sum())
+            chance = left / (left + 1 - p) if left + 1 - p > 0 else 1.0
+        if float(uniform(torch.tensor(seed), torch.tensor(2 + j), ACCEPT, salt=-3)) < chance:
+            count = j
+    if count < len(tokens):
+        return count, (joint[count] * target[count] - drafts[count]).clamp(min=0.0)
+    return count, target[count]
 
 
 def draft_law(seed: int, num_rows: int, width: int) -> DraftLaw:
@@ -137,6 +146,18 @@ def test_ratio_equals_the_rule_written_out(width: int | None) -> None:
         assert one(logits, RATIO, chain(tokens, law), seed) == Verdict((*tokens[:count], own), count)
         accepted.append(count)
     assert {0, 1} <= set(accepted)
+
+
+def test_a_position_that_is_drafted_again_is_judged_afresh() -> None:
+    """A block that falls has looked at the noise of positions that the next rounds draft again."""
+    logits = torch.zeros(3, 4)  # 1/4 against 1/2: two drafts stand with probability 1/4, one with 1/2
+    law = DraftLaw(torch.tensor([[0, 1]] * 2), torch.full((2, 2), 0.5))
+    again = DraftLaw(law.ids[:1], law.probs[:1])
+    both = [seed for seed in range(800) if one(logits, RATIO, chain([0, 1], law), seed).accepted == 2]
+    later = [dataclasses.replace(item(RATIO, chain([1], again, 4), 0, seed), output=(4, 0)) for seed in both]
+    stand = [judge(logits, [each])[0].accepted for each in later]
+    assert len(both) > 120
+    assert 0.3 < sum(stand) / len(stand) < 0.7
 
 
 def test_a_draft_from_the_targets_own_law_is_always_accepted() -> None:
@@ -195,6 +216,19 @@ def test_equal_laws_leave_no_residual_and_fall_back_to_the_target() -> None:
 def test_acceptance_is_the_ratio_cut_at_one() -> None:
     chance = accept_probability(torch.tensor([0.2, 0.6, 0.0, 0.3]), torch.tensor([0.4, 0.3, 0.5, 0.0]))
     assert chance.tolist() == pytest.approx([0.5, 1.0, 0.0, 0.0])
+
+
+def test_joint_ratios_recover_and_end_with_their_round() -> None:
+    """Ratios 1/2 and 4 give 1/2 and 1: what the first draft loses the second brings back. Rounds do not touch each other."""
+    ratios = torch.tensor([0.5, 4.0, 0.5, 0.5, 2.0, 0.0], dtype=torch.float64)
+    support, probs = torch.zeros(6, 1, dtype=torch.float64), torch.ones(6, 1, dtype=torch.float64)
+    before, chance = block_chances(ratios, support, probs, [2, 0, 3, 1])
+    assert before.tolist() == [1.0, 0.5, 1.0, 0.5, 0.25, 1.0]
+    assert chance.tolist() == [0.5, 1.0, 0.5, 0.25, 0.5, 0.0]
+    before, chance = block_chances(ratios, support + 0.4, probs, [2, 0, 3, 1])
+    assert before.tolist() == [1.0, 0.5, 1.0, 0.5, 0.25, 1.0]
+    assert chance.tolist() == pytest.approx([(0.5 - 0.2) / 0.8, 1.0, (0.5 - 0.2) / 0.8, (0.25 - 0.1) / 0.9, 0.5, 0.0])
+    assert all(len(part) == 0 for part in block_chances(ratios[:0], support[:0], probs[:0], [0, 0]))
 
 
 def test_draft_rows_are_padded_to_the_widest_law() -> None:

@@ -294,12 +294,27 @@ def test_how_many_rows_a_pass_takes_changes_nothing(elements: int, monkeypatch: 
     assert judge(logits, items) == wanted, "as an accelerator does it"
 
 
-def test_a_chain_is_judged_alike_as_a_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_is_judged_alike_as_a_tree() -> None:
     logits, items = mixed_items(64)
     chains = [item for item in items if item.draft is not None and item.draft.is_chain]
-    wanted = judge(logits, chains)
-    monkeypatch.setattr(DraftTree, "is_chain", property(lambda tree: False))
-    assert [dataclasses.replace(verdict, path=None) for verdict in judge(logits, chains)] == wanted
+    alike = [item for item in chains if item.sampling.is_greedy or item.sampling.rule is AcceptanceRule.COUPLED]
+    wanted = judge(logits, alike)
+    assert len({verdict.accepted for verdict in wanted}) > 1
+    assert [dataclasses.replace(v, path=None) for v in judge(logits, [may_branch(item) for item in alike])] == wanted
+
+
+def may_branch(item: JudgeItem) -> JudgeItem:
+    return dataclasses.replace(item, may_branch=True)
+
+
+def test_a_drawn_draft_that_may_branch_is_judged_node_by_node() -> None:
+    """Its shape may depend on its tokens, so block verification is not for it: p_1 = 1/2 and p_2 = 1/4 would often make up for each other."""
+    logits = torch.zeros(3, 4)
+    law = DraftLaw(torch.tensor([[0, 1]] * 2), torch.full((2, 2), 0.5))
+    for seed in range(200):
+        item = JudgeItem("r", RATIO, seed, (1, 2), (4,), DraftTree.chain("r", 3, [0, 1], [0.5] * 2, law), 0, may_branch=True)
+        stands = [float(uniform(torch.tensor(seed), torch.tensor(3 + j), ACCEPT)) < 0.5 for j in range(2)]
+        assert judge(logits, [item])[0].accepted == [*stands, False].index(False)
 
 
 @pytest.mark.gpu

@@ -222,6 +222,7 @@ class Engine:
             draft=sequence.draft.first(num_draft) if sequence.draft is not None and num_draft else None,
             first_row=first_row,
             stop_ids=self._stop_ids(sequence),
+            may_branch=sequence.speculation.tree_nodes > 0,
         )
 
     def _record(self, plan: VerifyPlan, times: StepTimes) -> StepRecord:

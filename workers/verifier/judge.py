@@ -10,14 +10,16 @@ Two rules (DSpark section 3.1, and docs/adr), one and the same at temperature 0:
 
 * greedy and **coupled**: each row has its token, the argmax of the processed logits, plus keyed Gumbel noise when
   sampling; drafts stand while they equal it, and the first that does not is replaced by it.
-* **ratio**: draft x stands with probability min(1, target(x) / draft(x)); the first that falls is replaced by a draw from
-  normalise(max(0, target - draft)); if all stand, trimmed or not, the next token comes from the full target law.
+* **ratio**: the longest prefix of drafts stands that their joint ratios target / draft allow, and is followed by a draw from the
+  residual of the laws behind it; if all stand, trimmed or not, the next token comes from the full target law (``ratio.py``).
 
-Drafts that branch are judged by the same rules in ``tree_judge.py``.
+Drafts that may branch are judged in ``tree_judge.py``: the same rules, but ratio node by node. Whether such a draft does branch
+may depend on its tokens, and a rule may not.
 
 Random numbers are keyed by (request seed, position, purpose) and rows are processed one by one in effect, so that a
 verdict depends on nothing but its own rows. A pass takes many rows at once and reads back twice. On an accelerator one
-pass takes them all; on CPU a pass takes what fits a cache, and rows behind a rejected draft are never looked at.
+pass takes them all; on CPU a pass takes about what fits a cache, and rows behind a rejected draft are never looked at, except
+under the ratio rule: a draft that would fall alone may stand with the ones behind it.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from torch import Tensor
 
 from dspark.kernels.keyed_random import ACCEPT, uniform
 from dspark.kernels.top import first_argmax
-from dspark.sampling import AcceptanceRule
+from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftLaw, TokenLogprob
 from dspark.workers.verifier.laws import Block, TargetLaws, edit, has_penalties, target_laws
 from dspark.workers.verifier.logprobs import prompt_logprobs, score
-from dspark.workers.verifier.ratio import DraftRows, accept_probability, residual_weights
+from dspark.workers.verifier.ratio import DraftRows, block_chances, residual_weights, token_ratios
 from dspark.workers.verifier.tree_judge import judge_trees
 from dspark.workers.verifier.verdict import JudgeItem, Verdict
 
@@ -120,7 +122,7 @@ class _Span:
 
 def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Verdict]:
     """Judge every item over its rows of logits [N, V]; verdicts in the order of ``items``. The logits are not changed."""
-    is_tree = [item.draft is not None and not item.draft.is_chain for item in items]
+    is_tree = [item.draft is not None and (item.may_branch or not item.draft.is_chain) for item in items]
     walks = iter(judge_trees(logits, [item for item, branches in zip(items, is_tree, strict=True) if branches], _max_rows(logits)))
     rounds = iter(_judge_chains(logits, [item for item, branches in zip(items, is_tree, strict=True) if not branches]))
     verdicts = [next(walks).verdict() if branches else next(rounds).verdict() for branches in is_tree]
@@ -149,10 +151,20 @@ def _max_rows(logits: Tensor) -> int:
 def _next_pass(pending: Sequence[_Round], logits: Tensor) -> list[_Span]:
     """The next rows to judge together: all that are left on an accelerator, otherwise at most what fits a cache, spread evenly."""
     limit = sum(turn.num_left for turn in pending) if logits.is_cuda else _max_rows(logits)
-    taken = pending[:limit]
-    share = limit if logits.is_cuda else limit // len(taken)
-    # Penalties count the request's whole history: once, not once a pass.
-    return [turn.next_span(turn.num_left if has_penalties(turn.item.sampling) else share) for turn in taken]
+    share = max(1, limit // len(pending)) if not logits.is_cuda else limit
+    spans: list[_Span] = []
+    for turn in pending:
+        span = turn.next_span(turn.num_left if _takes_all(turn.item.sampling) else share)
+        limit -= span.num_rows
+        if spans and limit < 0:
+            break
+        spans.append(span)
+    return spans
+
+
+def _takes_all(sampling: SamplingParams) -> bool:
+    """Whether an item's rows belong together: ratio looks at the whole draft; penalties count the history once, not once a pass."""
+    return has_penalties(sampling) or (not sampling.is_greedy and sampling.rule is AcceptanceRule.RATIO)
 
 
 def _gather(logits: Tensor, spans: Sequence[_Span]) -> Tensor:
@@ -196,10 +208,10 @@ def _judge_pass(logits: Tensor, spans: Sequence[_Span]) -> None:
     samplings = [span.item.sampling for span in (*coupled, *ratio) for _ in range(span.num_rows)]
     laws = target_laws(rows[num_greedy:], samplings)
     num_coupled = sum(span.num_rows for span in coupled)
-    drafts, flags = _accept_flags(laws, num_coupled, ratio)
+    drafts, joint, flags = _accept_flags(laws, num_coupled, ratio)
     found: list[int] = torch.cat([first_argmax(rows[:num_greedy]), _coupled_tokens(laws, coupled), flags]).tolist()
     _match_all([*greedy, *coupled], found)
-    _decide_ratio(laws, num_coupled, ratio, drafts, found[num_greedy + num_coupled :])
+    _decide_ratio(laws, num_coupled, ratio, _Judged(drafts, joint, found[num_greedy + num_coupled :]))
 
 
 def _keys(spans: Sequence[_Span], picks: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -218,19 +230,26 @@ def _coupled_tokens(laws: TargetLaws, spans: Sequence[_Span]) -> Tensor:
     return laws.draw(laws.probs[:num_rows], range(num_rows), seeds, positions)
 
 
-def _accept_flags(laws: TargetLaws, first: int, spans: Sequence[_Span]) -> tuple[DraftRows, Tensor]:
-    """The ratio spans' drafts in a row, and whether each stands by itself, 0 or 1. Their laws begin at ``first``."""
+def _accept_flags(laws: TargetLaws, first: int, spans: Sequence[_Span]) -> tuple[DraftRows, Tensor, Tensor]:
+    """The ratio spans' drafts in a row, the joint ratio before each, and whether the prefix it ends is taken, 0 or 1.
+
+    Their laws begin at ``first``.
+    """
     device = laws.probs.device
     tokens = [token for span in spans for token in span.drafted]
+    counts = [len(span.drafted) for span in spans]
     drafts = DraftRows.gather(tokens, [(len(span.drafted), span.law) for span in spans], device)
     if not tokens:
-        return drafts, torch.empty(0, dtype=torch.int64, device=device)
-    starts = _starts(first, spans)
-    rows = [start + j for start, span in zip(starts, spans, strict=True) for j in range(len(span.drafted))]
-    seeds, positions = _keys(spans, [range(len(span.drafted)) for span in spans], device)
-    target_probs = laws.probs[torch.tensor(rows, dtype=torch.int64, device=device), drafts.tokens]
-    chance = accept_probability(target_probs.to(torch.float64), drafts.token_probs.to(torch.float64))
-    return drafts, (uniform(seeds, positions, ACCEPT) < chance).to(torch.int64)
+        return drafts, torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    rows = [start + j for start, count in zip(_starts(first, spans), counts, strict=True) for j in range(count)]
+    at = torch.tensor(rows, dtype=torch.int64, device=device)
+    seeds, positions = _keys(spans, [range(count) for count in counts], device)
+    rounds = torch.tensor([-span.item.base_len for span in spans for _ in span.drafted], dtype=torch.int64, device=device)
+    ratios = token_ratios(laws.probs[at, drafts.tokens].to(torch.float64), drafts.token_probs.to(torch.float64))
+    support = laws.probs[at.unsqueeze(1), drafts.ids].to(torch.float64)
+    joint, chance = block_chances(ratios, support, drafts.probs.to(torch.float64), counts)
+    # A position drafted again in a later round must be judged afresh: hence the salt, negative because siblings count up from 0.
+    return drafts, joint, (uniform(seeds, positions, ACCEPT, rounds) < chance).to(torch.int64)
 
 
 def _starts(first: int, spans: Sequence[_Span]) -> list[int]:
@@ -238,39 +257,38 @@ def _starts(first: int, spans: Sequence[_Span]) -> list[int]:
     return list(accumulate((span.num_rows for span in spans), initial=first))[:-1]
 
 
-def _decide_ratio(laws: TargetLaws, first: int, spans: Sequence[_Span], drafts: DraftRows, flags: Sequence[int]) -> None:
-    """Find each ratio span's first rejection and draw the own token of those that end here."""
-    ends: list[_End] = []
-    draft = 0
-    for start, span in zip(_starts(first, spans), spans, strict=True):
-        count = [*flags[draft : draft + len(span.drafted)], 0].index(0)
-        if count == span.num_rows:
-            span.decide(count, None)
-        else:
-            ends.append(_End(span, count, start + count, draft + count if count < len(span.drafted) else None))
-        draft += len(span.drafted)
-    if not ends:
-        return
-    weights = laws.probs[torch.tensor([end.row for end in ends], device=laws.probs.device)]
-    rejected = [i for i, end in enumerate(ends) if end.draft is not None]
-    if rejected:
-        at = torch.tensor(rejected, device=weights.device)
-        fallen = torch.tensor([end.draft for end in ends if end.draft is not None], device=weights.device)
-        weights[at] = residual_weights(weights[at], drafts.ids[fallen], drafts.probs[fallen])
-    seeds, positions = _keys([end.span for end in ends], [[end.count] for end in ends], weights.device)
-    tokens: list[int] = laws.draw(weights, [end.row for end in ends], seeds, positions).tolist()
-    for end, token in zip(ends, tokens, strict=True):
-        end.span.decide(end.count, token)
-
-
 @dataclass(frozen=True, slots=True)
-class _End:
-    """A ratio span that ends after ``count`` drafts: its own token's law ``row``, and the ``draft`` that was rejected there, if one was."""
+class _Judged:
+    """All drafts of the ratio spans in a row, the joint ratio before each, and whether the prefix that it ends is taken."""
 
-    span: _Span
-    count: int
-    row: int
-    draft: int | None
+    drafts: DraftRows
+    joint: Tensor
+    flags: Sequence[int]
+
+
+def _decide_ratio(laws: TargetLaws, first: int, spans: Sequence[_Span], judged: _Judged) -> None:
+    """Let the longest prefix stand that each span took, and draw the token behind it."""
+    if not spans:
+        return
+    counts: list[int] = []
+    fallen: list[tuple[int, int]] = []  # (span, its first draft that falls)
+    draft = 0
+    for place, span in enumerate(spans):
+        flags = judged.flags[draft : draft + len(span.drafted)]
+        counts.append(max((j for j, flag in enumerate(flags, start=1) if flag), default=0))
+        if counts[-1] < len(flags):
+            fallen.append((place, draft + counts[-1]))
+        draft += len(flags)
+    rows = [start + count for start, count in zip(_starts(first, spans), counts, strict=True)]
+    weights = laws.probs[torch.tensor(rows, device=laws.probs.device)]
+    if fallen:
+        at, which = torch.tensor(fallen, device=weights.device).unbind(1)
+        scaled = weights[at] * judged.joint[which].to(weights.dtype).unsqueeze(1)
+        weights[at] = residual_weights(scaled, judged.drafts.ids[which], judged.drafts.probs[which])
+    seeds, positions = _keys(spans, [[count] for count in counts], weights.device)
+    tokens: list[int] = laws.draw(weights, rows, seeds, positions).tolist()
+    for span, count, token in zip(spans, counts, tokens, strict=True):
+        span.decide(count, token)
 
 
 def _score_items(logits: Tensor, items: Sequence[JudgeItem], verdicts: Sequence[Verdict]) -> dict[int, tuple[TokenLogprob, ...]]:

@@ -15,6 +15,7 @@ class JudgeItem:
 
     ``output`` are its committed output ids (the anchor is the last of prompt + output). ``draft`` holds only the nodes that
     were verified; None: nothing was. ``stop_ids`` are suppressed while fewer than ``min_tokens`` output tokens would exist.
+    ``may_branch``: it was drafted as a tree, whether or not it branches.
     """
 
     request_id: str
@@ -25,6 +26,7 @@ class JudgeItem:
     draft: DraftTree | None
     first_row: int
     stop_ids: tuple[int, ...] = ()
+    may_branch: bool = False
 
     @property
     def drafted(self) -> tuple[int, ...]:

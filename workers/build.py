@@ -19,7 +19,7 @@ from dspark.deploy.default_model import DEFAULT_MODEL_NAME, default_cache, defau
 from dspark.errors import ConfigError
 from dspark.types import Drafter, Mode, Speculation
 from dspark.workers.drafter.dialects import load_drafter
-from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.drafter.graft import graft
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
 from dspark.workers.drafter.target_head import TargetHead
@@ -235,8 +235,7 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Dra
 
 
 def _local_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool) -> Drafter:
-    module = load_drafter(folder, target_head(target), target.dtype, target.device)
-    return LocalDrafter(module, pool, law_width=config.draft_law_width)
+    return graft(load_drafter(folder, target_head(target), target.dtype, target.device), pool, config.draft_law_width)
 
 
 def target_head(target: Target) -> TargetHead:

@@ -69,9 +69,18 @@ def make_config(out: Path, name: str, **drafter: Any) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-def test_learnt_answers_are_accepted_by_the_engine(folder: Path, head: str) -> None:
-    config = make_config(folder, head, head=head)
+KINDS = {
+    "vanilla": {"head": "vanilla"},
+    "gated": {"head": "gated"},
+    "rnn": {"head": "rnn"},
+    "dflash": {"kind": "dflash"},
+    "eagle3": {"kind": "eagle3", "num_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_learnt_answers_are_accepted_by_the_engine(folder: Path, name: str) -> None:
+    config = make_config(folder, name, **KINDS[name])
     assert train(config, lambda _: None)
     assert len(read_corpus(config.data)) == 8
     target, tokenizer = load_target(config)
@@ -79,4 +88,5 @@ def test_learnt_answers_are_accepted_by_the_engine(folder: Path, head: str) -> N
     held_out = 1
     records = run_requests(engine, [request(i) for i in range(8)])
     lengths = sorted(acceptance([record], BLOCK)[0] for record in records)[held_out:]
+    print(name, lengths)
     assert sum(lengths) / len(lengths) > 0.95 * (BLOCK + 1)

@@ -308,7 +308,7 @@ def may_branch(item: JudgeItem) -> JudgeItem:
 
 
 def test_a_drawn_draft_that_may_branch_is_judged_node_by_node() -> None:
-    """Its shape may depend on its tokens, so block verification is not for it: p_1 = 1/2 and p_2 = 1/4 would often make up for each other."""
+    """Its shape may depend on its tokens, so block verification, which lets a later token save an earlier one, is not for it."""
     logits = torch.zeros(3, 4)
     law = DraftLaw(torch.tensor([[0, 1]] * 2), torch.full((2, 2), 0.5))
     for seed in range(200):

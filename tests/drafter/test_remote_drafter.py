@@ -371,16 +371,26 @@ def test_a_worker_of_another_layout_is_refused_by_name(caplog: pytest.LogCapture
         links.close()
 
 
-def test_workers_that_are_not_named_any_more_are_left() -> None:
+def test_workers_that_are_not_named_any_more_are_used_to_their_end() -> None:
     with draft_workers(MODULE, "w0", "w1") as workers:
         links = workers.connect()
         links.set_workers(workers.facts[:1])
-        eventually(lambda: [link.worker_id for link in links.links] == ["w0"], "leaving w1")
+        assert set(links.usable()) == {"w0"}
         links.set_workers(workers.facts)
-        eventually(lambda: len(links.links) == 2, "coming back")
+        assert set(links.usable()) == {"w0", "w1"}
+        links.set_workers([])
+        assert set(links.usable()) == {"w0", "w1"}, "better than none"
+        workers.network.kill("w1")
+        workers.network.revive("w1")
+        time.sleep(0.3)
+        assert set(links.usable()) == {"w0"}, "it is not connected to again"
+        moved = dataclasses.replace(workers.facts[0], address="local:elsewhere")
+        (before,) = links.links
+        links.set_workers([moved])
+        eventually(lambda: links.links not in ([], [before]) and not before.is_open, "the new process under the old name")
         links.close()
-        eventually(lambda: not links.links, "closing")
         eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("draft-worker-")], "the threads' end")
+        assert links.links == []
 
 
 def test_requests_spread_and_stay() -> None:

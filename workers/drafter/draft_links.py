@@ -26,6 +26,7 @@ PAUSE_S: Final = 0.25  # after the first miss
 MAX_PAUSE_S: Final = 8.0
 RETRY_S: Final = 0.1  # after the first failure to connect
 MAX_RETRY_S: Final = 5.0
+NEVER_S: Final = 1e6
 STEADY_S: Final = 5.0  # a stream that lived this long did not fail at once
 
 _log = logging.getLogger(__name__)
@@ -129,12 +130,12 @@ class DraftLink:
 
 @dataclass(slots=True)
 class _Worker:
-    """A worker that is to be kept connected. ``is_wanted`` False ends its thread."""
+    """A worker and the stream to it. ``is_named``: it shall be used and connected to again; otherwise until its stream ends."""
 
     facts: DraftWorkerFacts
     trust: Trust = field(default_factory=Trust)
     link: DraftLink | None = None
-    is_wanted: bool = True
+    is_named: bool = True
 
 
 class DraftLinks:
@@ -144,28 +145,30 @@ class DraftLinks:
         self.layout = layout
         self.clock = clock
         self.num_lost = 0
-        self.retired_bytes = [0, 0]  # sent and received on streams that have ended
+        self._ended_bytes = [0, 0]  # sent and received on streams that have ended
         self._open_session = open_session
         self._changed = threading.Condition()
         self._workers: dict[str, _Worker] = {}
+        self._is_closed = False
 
     def set_workers(self, facts: Iterable[DraftWorkerFacts]) -> None:
-        """Connect to these workers, and to no others, from now on."""
+        """Use these workers from now on; others only while there are none of these, and until their streams end."""
         wanted = {fact.worker_id: fact for fact in facts}
         with self._changed:
-            gone = [name for name, worker in self._workers.items() if wanted.get(name) != worker.facts]
-            ended = [self._workers.pop(name) for name in gone]
-            fresh = [_Worker(fact) for name, fact in wanted.items() if name not in self._workers]
+            for name, worker in self._workers.items():
+                worker.is_named = wanted.get(name) == worker.facts
+            known = {name for name, worker in self._workers.items() if worker.is_named}
+            fresh = [_Worker(fact) for name, fact in wanted.items() if name not in known and not self._is_closed]
             self._workers.update({worker.facts.worker_id: worker for worker in fresh})
-            for worker in ended:
-                worker.is_wanted = False
             self._changed.notify_all()
         for worker in fresh:
             threading.Thread(target=self._keep, args=(worker,), name=f"draft-worker-{worker.facts.worker_id}", daemon=True).start()
 
     def close(self) -> None:
-        """End every stream."""
-        self.set_workers(())
+        """End every stream, for good."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
 
     @property
     def links(self) -> list[DraftLink]:
@@ -178,8 +181,11 @@ class DraftLinks:
         now_s = self.clock()
         for link in self.links:
             link.end_if_stuck(now_s)
-        found = {link.worker_id: link for link in self.links if link.is_usable(now_s)}
-        return {name: link for name, link in found.items() if not link.is_draining} or found
+        with self._changed:
+            workers = [worker for worker in self._workers.values() if worker.link is not None and worker.link.is_usable(now_s)]
+        found = {worker.facts.worker_id: worker.link for worker in workers if worker.link is not None}
+        staying = {worker.facts.worker_id for worker in workers if worker.is_named}
+        return {name: link for name, link in found.items() if name in staying and not link.is_draining} or found
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Return when there is an open stream; False if there is none after ``timeout_s``."""
@@ -196,41 +202,52 @@ class DraftLinks:
         """Bytes of messages sent and received so far."""
         sessions = [link.session for link in self.links if link.session is not None]
         sent, received = (sum(s.bytes_sent for s in sessions), sum(s.bytes_received for s in sessions))
-        return self.retired_bytes[0] + sent, self.retired_bytes[1] + received
+        return self._ended_bytes[0] + sent, self._ended_bytes[1] + received
 
     def _keep(self, worker: _Worker) -> None:
-        """Keep one worker connected until it is not wanted any more, or refuses for good."""
+        """Keep one worker connected as long as it is named and does not refuse for good."""
         retry_s = RETRY_S
-        while worker.is_wanted:
+        while self._is_wanted(worker):
             link = DraftLink(worker.facts.worker_id, worker.trust, self._changed)
             opened_s = self.clock()
             try:
                 link.session = self._open_session(worker.facts, self.layout, link)
             except ProtocolMismatch as error:
                 _log.error("draft worker %s is not used: %s", worker.facts.worker_id, error)
-                return
+                retry_s = NEVER_S
             except DSparkError as error:
                 _log.info("draft worker %s cannot be reached: %s", worker.facts.worker_id, error)
             else:
                 self._hold(worker, link)
                 retry_s = RETRY_S if self.clock() - opened_s > STEADY_S else retry_s
             with self._changed:
-                self._changed.wait_for(lambda: not worker.is_wanted, retry_s)
+                self._changed.wait_for(lambda: not worker.is_named or self._is_closed, retry_s)
             retry_s = min(2 * retry_s, MAX_RETRY_S)
 
+    def _is_wanted(self, worker: _Worker) -> bool:
+        """Whether to connect to a worker; one that is not named any more is forgotten."""
+        with self._changed:
+            is_wanted = worker.is_named and not self._is_closed
+            if not is_wanted and self._workers.get(worker.facts.worker_id) is worker:
+                del self._workers[worker.facts.worker_id]
+        return is_wanted
+
     def _hold(self, worker: _Worker, link: DraftLink) -> None:
-        """Offer an open stream until it is lost or not wanted."""
+        """Offer an open stream until it is lost."""
         assert link.session is not None
         with self._changed:
             worker.link = link
             self._changed.notify_all()
-            self._changed.wait_for(lambda: link.lost_reason is not None or not worker.is_wanted)
+            self._changed.wait_for(lambda: link.lost_reason is not None or self._is_closed or self._is_replaced(worker))
             worker.link = None
         link.session.end()
-        self.retired_bytes[0] += link.session.bytes_sent
-        self.retired_bytes[1] += link.session.bytes_received
-        if worker.is_wanted:
+        self._ended_bytes[0] += link.session.bytes_sent
+        self._ended_bytes[1] += link.session.bytes_received
+        if link.lost_reason is not None:
             self.num_lost += 1
             _log.warning("lost draft worker %s: %s", worker.facts.worker_id, link.lost_reason)
-        else:
-            link.lost("not wanted any more")
+        link.lost("closed")
+
+    def _is_replaced(self, worker: _Worker) -> bool:
+        """Another process goes by its id now."""
+        return self._workers.get(worker.facts.worker_id) is not worker

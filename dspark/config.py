@@ -130,11 +130,23 @@ class ServeConfig(BaseModel):
     model_name: str | None = Field(default=None, min_length=1, max_length=256, description="name clients ask for; None: the model's own")
     host: str = Field(default="127.0.0.1", min_length=1, description="address the HTTP port binds to")
     port: int = Field(default=8000, ge=1, le=65535, description="HTTP port")
-    num_verifiers: int = Field(default=1, ge=1, le=1024, description="verifier replicas, each with its own engine")
+    num_verifiers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="verifier replicas, each with its own engine",
+        json_schema_extra={"short_flag": "--verifiers"},
+    )
     topology: Literal["colocated", "disaggregated"] = Field(
         default="colocated", description="where drafts are made: beside each target, or by draft workers of their own"
     )
-    num_draft_workers: int = Field(default=1, ge=1, le=1024, description="draft workers, if disaggregated; each serves all verifiers")
+    num_draft_workers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="draft workers, if disaggregated; each serves all verifiers",
+        json_schema_extra={"short_flag": "--draft-workers"},
+    )
     draft_device: str | None = Field(default=None, description="device of draft workers; None: engine.device")
     draft_kv_tokens: int | None = Field(default=None, ge=64, description="context a draft worker holds, in tokens; None: from free memory")
     draft_wait_ms: float = Field(default=50.0, ge=0.0, le=10_000.0, description="longest wait of a step for draft workers")

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dspark.sampling import SamplingParams
 
@@ -350,6 +350,14 @@ class Drafter(Protocol):
 
     def close(self, request_ids: Sequence[str]) -> None:
         """Forget requests that ended. Preempted requests are not closed."""
+
+
+@runtime_checkable
+class MeasuredDrafter(Protocol):
+    """A drafter that has something to tell beyond its drafts."""
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges by name."""
 
 
 class BlockTables(Protocol):

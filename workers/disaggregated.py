@@ -30,6 +30,7 @@ from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.drafter.worker import DraftWorker, WorkerCounters
 from dspark.workers.drafter.worker_host import DraftWorkerHost
 from dspark.workers.verifier.memory import free_bytes
+from dspark.workers.verifier.parallel.leader import Launcher
 from dspark.workers.verifier.targets import Target
 
 KV_SHARE: Final = {"cpu": 0.1, "cuda": 0.8}  # of the memory that is free after loading a draft worker's weights
@@ -59,8 +60,10 @@ class LoadedDraftWorker:
     describe: dict[str, Any]
 
 
-def load_remote_engine(config: EngineConfig, remote: RemoteDrafting, progress: Progress = lambda _: None) -> Loaded:
-    """An engine that drafts with draft workers; ConfigError names the setting that cannot work."""
+def load_remote_engine(
+    config: EngineConfig, remote: RemoteDrafting, progress: Progress = lambda _: None, launcher: Launcher | None = None
+) -> Loaded:
+    """An engine that drafts with draft workers; otherwise as ``load_engine``."""
 
     def make_drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Drafter, str]:
         folder = _drafter_folder(config)
@@ -71,7 +74,7 @@ def load_remote_engine(config: EngineConfig, remote: RemoteDrafting, progress: P
             progress(f"WARNING: no draft worker within {remote.first_worker_s:g} s: decoding plainly until one comes")
         return drafter, str(folder)
 
-    loaded = load_engine(config, progress, make_drafter)
+    loaded = load_engine(config, progress, launcher, make_drafter)
     loaded.engine.options = dataclasses.replace(loaded.engine.options, draft_wait_s=remote.wait_s)
     return loaded
 

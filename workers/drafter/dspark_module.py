@@ -35,6 +35,7 @@ class FeatureProjection(nn.Module):
         d = config.hidden_size
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
         self.hidden_norm = RMSNorm(d, config.rms_norm_eps)
+        self.signals = default_signals(config.has_confidence)  # how the drafter's trees are to be read
 
     def project(self, taps: Tensor) -> Tensor:
         """Context features [N, d] of concatenated taps [N, m * d]."""
@@ -57,7 +58,6 @@ class DSparkModule(FeatureProjection):
         self._lm_head = head.lm_head.detach()
         self._target_ids: Tensor | None = None
         self.confidence_temperatures: Tensor | None = None  # [γ], from calibration
-        self.signals = default_signals(config.has_confidence)
 
     def use_draft_vocabulary(self, target_ids: Tensor, lm_head: Tensor | None) -> None:
         """Predict only ``target_ids`` [Vd], with the rows of the target's head, or with the checkpoint's own ``lm_head`` [Vd, d]."""

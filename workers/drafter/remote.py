@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dspark.drafting import DraftBatch, Held
 from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn
-from dspark.workers.drafter.calibration import default_signals
 from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, preferred
 from dspark.workers.drafter.dspark_module import FeatureProjection
 from dspark.workers.drafter.feature_store import FeatureStore
@@ -68,7 +67,7 @@ class RemoteDrafter:
         config, weight = projection.config, projection.fc.weight
         self.block_size = config.block_size
         self.taps = config.target_layer_ids
-        self.signals = default_signals(config.has_confidence)
+        self.signals = projection.signals
         self.projection = projection
         self.links = links
         self.store = FeatureStore(tables, config.hidden_size, weight.dtype, weight.device)

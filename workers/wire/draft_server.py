@@ -98,7 +98,7 @@ class _Session:
 
 
 class DraftWireServer(DraftWorkerServicer):
-    """Serves ``host``; verifiers must send ``token`` and have the host's layout."""
+    """Serves ``host``; verifiers must send ``token`` and have the host's layout. An empty ``worker_id`` fits every address."""
 
     def __init__(self, host: DraftHost, worker_id: str, token: str, tls: TlsFiles | None = None) -> None:
         self._host = host

@@ -360,6 +360,14 @@ class MeasuredDrafter(Protocol):
         """Counters and gauges by name."""
 
 
+@runtime_checkable
+class DraftsAhead(Protocol):
+    """A drafter that drafts elsewhere while the engine does something else."""
+
+    def round_seconds(self, num_requests: int) -> float:
+        """How long it takes lately from ``propose`` until the drafts of that many requests are there."""
+
+
 class BlockTables(Protocol):
     """Read access to the block tables, for drafters that keep their KV under the target's block ids."""
 

@@ -22,6 +22,7 @@ from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
+from dspark.workers.drafter.remote import RemoteDrafter
 from dspark.workers.drafter.target_ends import head_of
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.self_check import SUSPICIOUS, acceptance_on_builtin_text
@@ -137,7 +138,7 @@ def assemble(
         limits=Limits(config.max_num_seqs, max(config.max_batch_tokens, config.max_num_seqs), config.prefix_cache),
         max_queued=config.max_queued,
         speculation=Speculation.parse(config.speculation),
-        auto_trees=isinstance(drafter, LocalDrafter),
+        auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter),
         overlapped=driver == "overlapped",
     )
     engine = Engine(target, pool, drafter, dataclasses.replace(options, draft_wait_s=LOADING_WAIT_S), tokenizer)

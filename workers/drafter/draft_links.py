@@ -56,18 +56,54 @@ class Trust:
         self.misses = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One batch, from sending it to its answer, on the verifier's clock; ``worker_s`` is what computing took at the worker."""
+
+    worker_id: str
+    num_drafting: int
+    sent_s: float
+    answered_s: float
+    worker_s: float
+
+
+@dataclass(slots=True)
+class RoundTimes:
+    """How long rounds take by the number of requests that are drafted for: a line through recent ones, older ones fading."""
+
+    KEEP = 0.98
+
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # of 1, n, n², t, n·t
+
+    def observe(self, num_requests: int, seconds: float) -> None:
+        """Take in one round."""
+        terms = (1.0, num_requests, num_requests**2, seconds, num_requests * seconds)
+        self._sums = [self.KEEP * total + term for total, term in zip(self._sums, terms, strict=True)]
+
+    def __call__(self, num_requests: int) -> float:
+        """Predicted seconds; never less for more requests, at most in proportion to them. 0 before the first round."""
+        weight = self._sums[0]
+        if not weight:
+            return 0.0
+        mean_n, mean_nn, mean_t, mean_nt = (total / weight for total in self._sums[1:])
+        variance = mean_nn - mean_n**2
+        slope = max(0.0, mean_nt - mean_n * mean_t) / variance if variance > 1e-6 else 0.0
+        return mean_t + min(slope, mean_t / mean_n) * (num_requests - mean_n)
+
+
 class DraftLink:
     """One open stream to a worker, and what it still owes. Hears the transport; read by the engine's thread."""
 
-    def __init__(self, worker_id: str, trust: Trust, changed: threading.Condition) -> None:
+    def __init__(self, worker_id: str, trust: Trust, changed: threading.Condition, clock: Clock) -> None:
         self.worker_id = worker_id
         self.trust = trust
         self.session: DraftSession | None = None
         self.is_draining = False
         self.lost_reason: str | None = None
-        self.pending: dict[int, float] = {}  # batch number -> when it was sent
-        self._answers: deque[DraftBatch] = deque()
+        self.pending: dict[int, tuple[float, int]] = {}  # batch number -> when it was sent, and for how many drafts
+        self._answers: deque[tuple[DraftBatch, Round]] = deque()
         self._changed = changed
+        self._clock = clock
         self._next_seq = 0
 
     @property
@@ -80,7 +116,7 @@ class DraftLink:
 
     def end_if_stuck(self, now_s: float) -> None:
         """End the stream if a batch has waited too long for its answer."""
-        oldest_s = next(iter(list(self.pending.values())), now_s)
+        oldest_s, _ = next(iter(list(self.pending.values())), (now_s, 0))
         if now_s - oldest_s > STUCK_S and self.session is not None:
             self.session.end()
 
@@ -89,13 +125,13 @@ class DraftLink:
         """The number that the next batch will have."""
         return self._next_seq
 
-    def send(self, turns: Sequence[DraftTurn], now_s: float, wait_ready: Callable[[], None]) -> int:
+    def send(self, turns: Sequence[DraftTurn], wait_ready: Callable[[], None]) -> int:
         """Send turns; returns the number of their batch."""
         assert self.session is not None
         seq = self._next_seq
         self._next_seq += 1
         with self._changed:
-            self.pending[seq] = now_s
+            self.pending[seq] = (self._clock(), sum(turn.max_draft > 0 for turn in turns))
         self.session.send(TurnBatch(seq, tuple(turns), wait_ready))
         return seq
 
@@ -104,8 +140,8 @@ class DraftLink:
         if self.session is not None:
             self.session.close_requests(request_ids)
 
-    def take(self) -> list[DraftBatch]:
-        """Answers since the last call."""
+    def take(self) -> list[tuple[DraftBatch, Round]]:
+        """Answers since the last call, and how they came about."""
         with self._changed:
             answers = list(self._answers)
             self._answers.clear()
@@ -113,7 +149,8 @@ class DraftLink:
 
     def arrived(self, batch: DraftBatch) -> None:
         with self._changed:
-            self._answers.append(batch)
+            sent_s, count = self.pending.get(batch.seq, (self._clock(), 0))
+            self._answers.append((batch, Round(self.worker_id, count, sent_s, self._clock(), batch.seconds)))
             for seq in [seq for seq in self.pending if seq <= batch.seq]:  # streams keep order: an older one is lost
                 del self.pending[seq]
             self._changed.notify_all()
@@ -141,7 +178,7 @@ class _Worker:
 class DraftLinks:
     """Streams to all workers that ``set_workers`` named, one thread each that keeps its stream open."""
 
-    def __init__(self, layout: DraftLayout, open_session: OpenSession, clock: Clock = time.monotonic) -> None:
+    def __init__(self, layout: DraftLayout, open_session: OpenSession, clock: Clock = time.perf_counter) -> None:
         self.layout = layout
         self.clock = clock
         self.num_lost = 0
@@ -208,7 +245,7 @@ class DraftLinks:
         """Keep one worker connected as long as it is named and does not refuse for good."""
         retry_s = RETRY_S
         while self._is_wanted(worker):
-            link = DraftLink(worker.facts.worker_id, worker.trust, self._changed)
+            link = DraftLink(worker.facts.worker_id, worker.trust, self._changed, self.clock)
             opened_s = self.clock()
             try:
                 link.session = self._open_session(worker.facts, self.layout, link)

@@ -28,16 +28,19 @@ def pays(num_requests: int, verify_s: Seconds, draft_s: Seconds) -> bool:
 
 @dataclass(slots=True)
 class Cohorts:
-    """Who takes part in a step. Requests keep their cohort; new ones join the smaller."""
+    """Who takes part in a step. Requests keep their cohort; new ones join the smaller. ``forced`` decides instead of the prediction."""
 
     is_split: bool = False
+    forced: bool | None = None
     _cohort: dict[str, int] = field(default_factory=dict)
     _turn: int = 0
     _steps: int = 0
 
     def choose(self, request_ids: Sequence[str], verify_s: Seconds, draft_s: Seconds) -> set[str]:
         """Those of the decoding requests that take part in this step."""
-        if self._steps % DECIDE_EVERY == 0:
+        if self.forced is not None:
+            self.is_split = self.forced
+        elif self._steps % DECIDE_EVERY == 0:
             self.is_split = pays(len(request_ids), verify_s, draft_s)
         self._steps += 1
         if not self.is_split or len(request_ids) < 2:

@@ -70,8 +70,8 @@ def load_remote_engine(
         drafter = _remote_drafter(folder, config, target, pool, remote)
         remote.attach(drafter.links)
         progress("waiting for a draft worker")
-        if not drafter.links.wait_connected(remote.first_worker_s):
-            progress(f"WARNING: no draft worker within {remote.first_worker_s:g} s: decoding plainly until one comes")
+        if reason := drafter.links.wait_connected(remote.first_worker_s):
+            progress(f"WARNING: no draft worker: {reason}; decoding plainly until one comes")
         return drafter, str(folder)
 
     loaded = load_engine(config, progress, launcher, make_drafter)

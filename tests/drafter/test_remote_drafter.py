@@ -158,7 +158,7 @@ def test_a_worker_that_lives_but_does_not_answer_is_connected_to_afresh() -> Non
         workers.network.faults["w0"].drop = 1.0
         links = DraftLinks(layout_of(MODULE), workers.network.open_session, clock=lambda: now)
         links.set_workers(workers.facts)
-        assert links.wait_connected(5)
+        assert links.wait_connected(5) is None
         (link,) = links.links
         link.send([], lambda: None)
         now = STUCK_S
@@ -378,9 +378,12 @@ def test_a_worker_of_another_layout_is_refused_by_name(caplog: pytest.LogCapture
         layout = layout_of(MODULE)
         wrong = DraftLayout(layout.target, "another", layout.dtype, layout.feature_width, layout.block_size, layout.vocab_size)
         links = DraftLinks(wrong, workers.network.open_session)
+        assert links.wait_connected(0.05) == "none within 0.05 s"
         links.set_workers(workers.facts)
         eventually(lambda: "drafter is 'drafter' here and 'another' there" in caplog.text, "the refusal")
-        assert not links.wait_connected(0.3)
+        started = time.monotonic()
+        assert "another" in (links.wait_connected(5.0) or "")
+        assert time.monotonic() - started < 2.0, "there is nothing to wait for"
         links.close()
 
 

@@ -167,12 +167,16 @@ class DraftLink:
 
 @dataclass(slots=True)
 class _Worker:
-    """A worker and the stream to it. ``is_named``: it shall be used and connected to again; otherwise until its stream ends."""
+    """A worker and the stream to it. ``is_named``: it shall be used and connected to again; otherwise until its stream ends.
+
+    ``refusal``: why it and this verifier do not fit.
+    """
 
     facts: DraftWorkerFacts
     trust: Trust = field(default_factory=Trust)
     link: DraftLink | None = None
     is_named: bool = True
+    refusal: str | None = None
 
 
 class DraftLinks:
@@ -224,10 +228,17 @@ class DraftLinks:
         staying = {worker.facts.worker_id for worker in workers if worker.is_named}
         return {name: link for name, link in found.items() if name in staying and not link.is_draining} or found
 
-    def wait_connected(self, timeout_s: float) -> bool:
-        """Return when there is an open stream; False if there is none after ``timeout_s``."""
+    def wait_connected(self, timeout_s: float) -> str | None:
+        """Return when there is an open stream; otherwise say why not, after ``timeout_s`` or when every worker refused."""
         with self._changed:
-            return self._changed.wait_for(lambda: any(w.link is not None and w.link.is_open for w in self._workers.values()), timeout_s)
+            if self._changed.wait_for(lambda: self.links or self._refusals(), timeout_s) and self.links:
+                return None
+            return next(iter(self._refusals()), f"none within {timeout_s:g} s")
+
+    def _refusals(self) -> list[str]:
+        """Why no worker fits, if none does."""
+        found = [worker.refusal for worker in self._workers.values()]
+        return [refusal for refusal in found if refusal is not None] if None not in found else []
 
     def wait_answered(self, awaited: Collection[tuple[DraftLink, int]], timeout_s: float) -> None:
         """Return when all these batches are answered or their streams lost, or after ``timeout_s``."""
@@ -251,7 +262,9 @@ class DraftLinks:
                 link.session = self._open_session(worker.facts, self.layout, link)
             except ProtocolMismatch as error:
                 _log.error("draft worker %s is not used: %s", worker.facts.worker_id, error)
-                retry_s = NEVER_S
+                with self._changed:
+                    worker.refusal, retry_s = str(error), NEVER_S
+                    self._changed.notify_all()
             except DSparkError as error:
                 _log.info("draft worker %s cannot be reached: %s", worker.facts.worker_id, error)
             else:

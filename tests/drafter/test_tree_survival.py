@@ -18,7 +18,7 @@ from dspark.types import DraftTree, Request
 from dspark.workers.build import target_head
 from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.local import LocalDrafter
-from dspark.workers.verifier.blocks import BlockPool
+from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.judge import JudgeItem, Verdict, judge
 from dspark.workers.verifier.targets import as_target, load_model, load_tokenizer

@@ -15,10 +15,10 @@ from torch import Tensor
 from dspark.deploy.default_model import default_cache, default_drafter, prepare
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftTree, Request
+from dspark.workers.blocks import BlockPool
 from dspark.workers.build import target_head
 from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.local import LocalDrafter
-from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.judge import JudgeItem, Verdict, judge
 from dspark.workers.verifier.targets import as_target, load_model, load_tokenizer

@@ -96,6 +96,7 @@ class TreeOracle(OracleDrafter):
         super().__init__(truth, block_size, vocab_size=vocab_size, seed=seed)
         self.taps = taps
         self.features: dict[str, dict[int, Any]] = {}
+        self.asked: list[int] = []  # nodes, in order
 
     def project(self, taps: Any) -> Any:
         return taps
@@ -111,6 +112,7 @@ class TreeOracle(OracleDrafter):
         for request_id, limit in want.items():
             turn = self._turns.get(request_id)
             if turn is not None and turn.max_draft:
+                self.asked.append(turn.max_nodes)
                 trees[request_id] = self._grown(turn, limit) if turn.max_nodes else self._chain(turn, limit)
                 self.num_collected += 1
         return trees

@@ -16,7 +16,7 @@ from torch import Tensor
 from dspark.kernels.draft_draw import child_salt
 from dspark.kernels.keyed_random import DRAFT, TOKEN, exponential
 from dspark.types import DraftLaw, DraftTree
-from dspark.workers.drafter.tree_draw import COUPLED_FLATTENING, FADE, SECOND_DRAW
+from dspark.workers.drafter.tree_draw import COUPLED_FLATTENING, FADE, MAX_CANDIDATES, SECOND_DRAW
 
 Path = tuple[int, ...]
 LawOf = Callable[[Path], tuple[Tensor, Tensor]]  # tokens drafted before -> (ids, probs) [w]
@@ -77,7 +77,7 @@ def naive_tree(wish: Wish, law: LawOf, confidence: Callable[[Path], float]) -> D
             seed, position = torch.tensor(wish.seed), torch.tensor(wish.base_len + len(path))
             keys = probs / exponential(seed, position, purpose, ids, key_salt)
         weights = keys if wish.rule == "greedy" else keys ** (1 / COUPLED_FLATTENING)
-        order = [i for i in keys.argsort(descending=True, stable=True).tolist() if keys[i] > 0]
+        order = [i for i in keys.argsort(descending=True, stable=True).tolist() if keys[i] > 0][:MAX_CANDIDATES]
         return _Candidates(path, ids, probs, order, weights.tolist(), confidence(path), salt)
 
     heap: list[tuple[float, int, int, int, float, float, _Candidates]] = []

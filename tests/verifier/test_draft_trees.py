@@ -187,6 +187,19 @@ def test_a_tree_accepts_more_than_its_first_branch(target: Target, plain: dict[s
     assert engine.counters.accepted >= accepted
 
 
+def test_trees_shrink_where_their_nodes_are_not_admitted(target: Target, plain: dict[str, Result]) -> None:
+    """What building a tree costs is saved as well, and it grows again when verifying is cheap."""
+    drafter = oracle(plain)
+    engine = make_engine(target, drafter, speculation="tree:16", costs=STEEP, max_batch_tokens=128, clock=lambda: 0.0)
+    requests = [greedy(name, prompt, 40) for name, prompt in PROMPTS.items()]
+    assert tokens(run(engine, requests)) == tokens(plain)
+    assert drafter.asked[0] == 16
+    assert 0 < min(drafter.asked) <= 4
+    engine.set_costs(FLAT)
+    assert tokens(run(engine, requests)) == tokens(plain)
+    assert max(drafter.asked[-20:]) == 16
+
+
 def test_small_pools_preemption_and_the_models_end(target: Target, plain: dict[str, Result]) -> None:
     engine = make_engine(target, oracle(plain), num_blocks=9, speculation="tree:16", costs=FLAT)
     assert tokens(run(engine, [greedy(name, prompt, 40) for name, prompt in PROMPTS.items()])) == tokens(plain)

@@ -42,43 +42,46 @@ def test_random_weights_never_change_the_text(target: Target, head: str) -> None
     for params in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 4, "top_p": 0.9}):
         requests = [Request(n, tuple(p), SamplingParams(**({"max_tokens": 24, "ignore_eos": True} | params))) for n, p in PROMPTS.items()]
         plain = {n: r.tokens for n, r in run(make_engine(target, speculation="off"), requests).items()}
-        for speculation, costs in (("static:2", None), ("static:4", None), ("adaptive", FLAT), ("adaptive", STEEP)):
+        chains = (("static:2", None), ("static:4", None), ("adaptive", FLAT), ("adaptive", STEEP))
+        for speculation, costs in (*chains, ("tree:12", None), ("tree:7", STEEP)):
             engine = grafted(target, module, speculation=speculation, costs=costs)
             out = run(engine, requests)
             assert {n: r.tokens for n, r in out.items()} == plain
             assert engine.counters.drafted > 0
 
 
-def test_prefix_hits_preemption_and_resume_keep_the_drafter_fed(target: Target) -> None:
+@pytest.mark.parametrize("speculation", ["static:3", "tree:9"])
+def test_prefix_hits_preemption_and_resume_keep_the_drafter_fed(target: Target, speculation: str) -> None:
     """The same drafts come out cold, after a prefix hit, in chunks, with speculation off before, and after a preemption."""
     module = random_module(target)
     request = greedy("r4", PROMPTS["r4"], 30)
-    cold = grafted(target, module, speculation="static:3")
+    cold = grafted(target, module, speculation=speculation)
     reference = Spy(cold)
     run(cold, [request])
-    warm = grafted(target, module, speculation="static:3", max_batch_tokens=16)
+    warm = grafted(target, module, speculation=speculation, max_batch_tokens=16)
     run(warm, [greedy("other", PROMPTS["r4"], 3)])
     after_hit = Spy(warm)
     hit = run(warm, [request])["r4"]
     assert hit.outcomes[0].num_cached_tokens == 32
     assert_same_drafts(reference, after_hit, "r4")
-    squeezed = grafted(target, module, num_blocks=8, speculation="static:3")
+    squeezed = grafted(target, module, num_blocks=8, speculation=speculation)
     after_preemption = Spy(squeezed)
     run(squeezed, [greedy("r3", PROMPTS["r3"], 40), request])
     assert squeezed.scheduler.counters.preemptions > 0
     assert_same_drafts(reference, after_preemption, "r4")
 
 
-def test_blocks_that_a_request_s_last_step_filled_are_whole_for_the_drafter(target: Target) -> None:
+@pytest.mark.parametrize("speculation", ["static:3", "tree:9"])
+def test_blocks_that_a_request_s_last_step_filled_are_whole_for_the_drafter(target: Target, speculation: str) -> None:
     """The next turn of a conversation finds them in the prefix cache."""
     module = random_module(target)
-    engine = grafted(target, module, speculation="static:3")
+    engine = grafted(target, module, speculation=speculation)
     begin = PROMPTS["r3"]
     text = [*begin, *run(engine, [greedy("first", begin, 48 - len(begin) + 1)])["first"].tokens]
     follow_up = greedy("second", [*text, 5, 6, 7], 30)
     after_hit = Spy(engine)
     assert run(engine, [follow_up])["second"].outcomes[0].num_cached_tokens == 48
-    reference = Spy(cold := grafted(target, module, speculation="static:3"))
+    reference = Spy(cold := grafted(target, module, speculation=speculation))
     run(cold, [follow_up])
     assert_same_drafts(reference, after_hit, "second")
 

@@ -36,6 +36,8 @@ from dspark.workers.drafter.dspark_module import DSparkModule
 SECOND_DRAW = 0.4
 FADE = 1.25
 COUPLED_FLATTENING = 1.5
+MAX_CANDIDATES = 8  # after one node; the ninth is the right one less than once in a hundred times
+BEAM_STEP = 4  # levels grow from so many nodes or multiples of it: few sizes of matrix products (kernels/buckets.py)
 MIN_CHANCE = 1e-5  # below it a candidate's margin falls no further
 
 
@@ -152,7 +154,7 @@ class _Builder:
         draw = self.rows.draw
         raced = race_order(ids, probs, draw.seeds, draw.base_lens + depth, draw.coupled, nodes.salts)
         keys = torch.where(self.is_greedy, probs, raced)
-        values, columns = keys.topk(min(self.num_nodes, keys.shape[-1]), dim=-1)
+        values, columns = keys.topk(min(self.num_nodes, MAX_CANDIDATES, keys.shape[-1]), dim=-1)
         margin = log_odds(logits)
         chance = self._chances(self._confidence(depth, nodes.tokens, margin), keys, values)
         margin = torch.cat([margin.unsqueeze(-1), torch.logit(chance[..., 1:], eps=MIN_CHANCE)], dim=-1)
@@ -171,7 +173,8 @@ class _Builder:
         if not best.is_cuda:
             so_far = torch.cat([one.survival.flatten(1) for one in self.levels], dim=1)
             least = so_far.topk(min(self.num_nodes, so_far.shape[1]), dim=1).values[:, -1:]
-            count = min(count, int(((survival >= least) & (survival > 0)).sum(1).max()))
+            needed = int(((survival >= least) & (survival > 0)).sum(1).max())
+            count = min(count, -(-needed // BEAM_STEP) * BEAM_STEP)
         best, num_candidates = best[:, :count], level.tokens.shape[2]
         owner = best // num_candidates
         return _Nodes(

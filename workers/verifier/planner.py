@@ -27,9 +27,7 @@ from numpy.typing import NDArray
 from dspark.workers.verifier.costs import Floats
 
 MIN_GAIN = 0.01  # predicted relative gain below which a longer plan is noise
-LEVELS = float(2**42)  # survival is compared in steps of 2^-42, so that a value and its place fit one sortable integer
-PLACE_BITS = 20
-MAX_NODES = 1 << PLACE_BITS
+LEVELS = 65535.0  # survival is compared in steps of 1 / LEVELS: 16-bit keys sort three times as fast as floats
 GRID = 24  # admitted counts that are looked at to keep latency budgets
 
 
@@ -56,15 +54,13 @@ class Ranking:
 
 def rank(survival: Floats) -> Ranking:
     """Order all nodes of survival [R, n]."""
-    num_requests, width = survival.shape
-    assert num_requests * width <= MAX_NODES, "more drafted tokens than a step can rank"
-    values = survival.T.ravel()  # position by position: the place breaks ties
-    places = np.arange(values.size, dtype=np.int64)
-    keys = ((1.0 - values) * LEVELS).astype(np.int64) << PLACE_BITS | places
-    keys.sort()
-    order = keys & (MAX_NODES - 1)
-    count = int(np.count_nonzero(values > 0.0))
-    return Ranking(values[order[:count]], order[:count], num_requests)
+    values = survival.T.ravel()  # position by position: a stable sort then breaks ties by place
+    order = ((1.0 - values) * LEVELS).astype(np.uint16).argsort(kind="stable")
+    best = values[order]
+    if best.size and best.min() > 0.0:
+        return Ranking(best, order, len(survival))
+    is_node = best > 0.0
+    return Ranking(best[is_node], order[is_node], len(survival))
 
 
 def _theta(ranking: Ranking, num_rows: int, seconds: Floats) -> Floats:
@@ -105,10 +101,6 @@ class Pace:
 
     allowed: Floats
     others: float = float("inf")
-
-    @property
-    def is_free(self) -> bool:
-        return bool(np.isinf(self.allowed).all()) and np.isinf(self.others)
 
 
 def count_within(ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, pace: Pace, limit: int) -> int:

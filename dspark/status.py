@@ -122,7 +122,7 @@ def _verifier_rows(verifiers: Sequence[Mapping[str, Any]], before: Mapping[str, 
                 "-" if rate is None else f"{rate:.0f}",
                 f"{entry['tokens_per_round']:.2f}",
                 _percent(entry["acceptance"]["rate"]),
-                _percent(entry["budgets_met"]),
+                _percent(entry["budgets"]["share"]),
                 "-" if entry["predicted"] is None else f"{entry['predicted']['tpot_ms']:.1f} ms",
                 _speculation(speculation),
             )

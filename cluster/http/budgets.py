@@ -66,6 +66,12 @@ class Ledger:
 
         self._budgets = counter("budget_requests", "Choices with a latency budget, by whether it was met.", "budget", "met")
         self._good = counter("goodput_requests", "Choices that met all of their latency budgets.")
+        self._by_replica = Counter(
+            "dspark_replica_budget_requests",
+            "Choices with a latency budget, by verifier and by whether all of it was met.",
+            ["model_name", "replica", "met"],
+            registry=registry,
+        )
         self._late = counter("late_rejections", "Requests refused since no verifier could keep their latency budget.")
         self._open: dict[Stopwatch, Placed] = {}
         self._ended: deque[Sample] = deque(maxlen=MAX_SAMPLES)
@@ -87,9 +93,11 @@ class Ledger:
         for name, met in (("ttft", by_ttft), ("tpot", by_tpot)):
             if met is not None:
                 self._budgets.labels(self._model, watch.terms.service_class, name, str(met).lower()).inc()
-        has_budget = budget.ttft_ms is not None or budget.tpot_ms is not None
-        if has_budget and finished and by_ttft is not False and by_tpot is not False:
-            self._good.labels(self._model, watch.terms.service_class).inc()
+        if by_ttft is not None or by_tpot is not None:
+            kept = by_ttft is not False and by_tpot is not False
+            self._by_replica.labels(self._model, replica_id, str(kept).lower()).inc()
+            if kept and finished:
+                self._good.labels(self._model, watch.terms.service_class).inc()
         if finished:
             self._ended.append(Sample(replica_id, watch.arrived_s, budget, watch.ttft_s, watch.tpot_s))
 

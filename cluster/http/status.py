@@ -10,12 +10,12 @@ from typing import Any, Final
 import dspark
 from dspark.cluster.http.metering import Family
 from dspark.cluster.http.service import Service
+from dspark.router.outlook import TYPICAL_PROMPT_TOKENS
 from dspark.router.predict import NOTHING_SENT, predicted_tpot, predicted_ttft
 from dspark.router.scaling import Decision
 from dspark.types import ReplicaView
 from dspark.workers.wire.codec import Status
 
-TYPICAL_PROMPT: Final = 256  # tokens of the request whose latency is predicted
 SHOWN: Final = ("drafter", "speculation", "dtype", "device", "tensor_parallel", "expert_parallel")  # effective settings of a verifier
 
 
@@ -47,6 +47,7 @@ def cluster_status(service: Service, around: Around) -> dict[str, Any]:
     fleet = service.dispatcher.fleet
     statuses = fleet.statuses
     healthy = sum(status.healthy for status in statuses)
+    by_replica = {(labels["replica"], labels["met"]): value for labels, value in _series(families, "dspark_replica_budget_requests_total")}
     in_flight = sum(value for _, value in _series(families, "dspark_in_flight"))
     return {
         "status": "draining" if service.dispatcher.is_draining else "ok" if healthy else "no verifier makes progress",
@@ -54,7 +55,10 @@ def cluster_status(service: Service, around: Around) -> dict[str, Any]:
         "version": dspark.__version__,
         "max_model_len": service.max_model_len,
         "routers": {"count": around.num_routers, "in_flight": int(in_flight)},
-        "verifiers": [_verifier(status, fleet.described(status.view.id)) for status in sorted(statuses, key=lambda s: s.view.id)],
+        "verifiers": [
+            _verifier(status, fleet.described(status.view.id)) | {"budgets": _kept(by_replica, status.view.id)}
+            for status in sorted(statuses, key=lambda s: s.view.id)
+        ],
         "draft_workers": [dataclasses.asdict(worker) for worker in around.draft_workers],
         "scaling": None if decision is None else _scaling(decision),
         "service_classes": _classes(service, families),
@@ -75,7 +79,6 @@ def _verifier(status: Status, described: Mapping[str, object]) -> dict[str, Any]
         "tokens_per_round": round(view.tokens_per_round, 3),
         "acceptance": _acceptance(stats),
         "speculation": {"state": view.speculation.value, "limit": view.speculation_limit},
-        "budgets_met": round(view.budgets_met, 4),
         "predicted": _predicted(view),
     }
 
@@ -91,7 +94,7 @@ def _predicted(view: ReplicaView) -> dict[str, float] | None:
     """What one more request would see; None without a cost table."""
     if not view.step_costs:
         return None
-    ttft_s = predicted_ttft(view, TYPICAL_PROMPT, 0, NOTHING_SENT)
+    ttft_s = predicted_ttft(view, TYPICAL_PROMPT_TOKENS, 0, NOTHING_SENT)
     return {"ttft_ms": round(1e3 * ttft_s, 1), "tpot_ms": round(1e3 * predicted_tpot(view, view.running + view.queued + 1), 2)}
 
 
@@ -107,9 +110,10 @@ def _scaling(decision: Decision) -> dict[str, Any]:
 
 def _classes(service: Service, families: Sequence[Family]) -> list[dict[str, Any]]:
     """Each class, and requests of no class that had a budget, with what was met since the start of the routers."""
-    counts: dict[tuple[str, str, str], float] = {}
-    for labels, value in _series(families, "dspark_budget_requests_total"):
-        counts[labels["service_class"], labels["budget"], labels["met"]] = value
+    counts = {
+        (labels["service_class"], labels["budget"], labels["met"]): value
+        for labels, value in _series(families, "dspark_budget_requests_total")
+    }
     late = {labels["service_class"]: value for labels, value in _series(families, "dspark_late_rejections_total")}
     good = {labels["service_class"]: value for labels, value in _series(families, "dspark_goodput_requests_total")}
     names = dict.fromkeys([*service.classes.by_name, *(name for name, _, _ in counts)])
@@ -131,8 +135,8 @@ def _classes(service: Service, families: Sequence[Family]) -> list[dict[str, Any
     return shown
 
 
-def _kept(counts: Mapping[tuple[str, str, str], float], name: str, budget: str) -> dict[str, Any]:
-    met, missed = counts.get((name, budget, "true"), 0.0), counts.get((name, budget, "false"), 0.0)
+def _kept(counts: Mapping[tuple[str, ...], float], *name: str) -> dict[str, Any]:
+    met, missed = counts.get((*name, "true"), 0.0), counts.get((*name, "false"), 0.0)
     return {"met": int(met), "missed": int(missed), "share": round(met / (met + missed), 4) if met + missed else None}
 
 

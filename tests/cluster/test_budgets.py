@@ -72,7 +72,8 @@ def test_what_was_kept_is_in_the_response_and_in_the_metrics() -> None:
         async with api(classes=CLASSES) as setup:
             kept = (await setup.post("/v1/chat/completions", CHAT)).json()["metrics"]["latency_budget"]
             assert (kept["service_class"], kept["ttft_ms"], kept["tpot_ms"], kept["met"]) == ("chat", 60_000, 50_000, True)
-            assert 0 < kept["measured_tpot_ms"] < kept["measured_ttft_ms"] < 60_000
+            assert 0 < kept["measured_tpot_ms"] < 50_000
+            assert 0 < kept["measured_ttft_ms"] < 60_000
             *_, last = await setup.stream("/v1/chat/completions", CHAT | {"service_class": "strict", "n": 2})
             missed = last["metrics"]["latency_budget"]
             assert (missed["service_class"], missed["met"]) == ("strict", False)
@@ -233,6 +234,7 @@ def test_status_tells_all_that_is_known() -> None:
             (verifier,) = answer["verifiers"]
             assert (verifier["id"], verifier["state"], verifier["requests"]["places"]) == ("v0", "ok", 4)
             assert verifier["kv"] == {"blocks": 256, "free_blocks": 256}
+            assert verifier["budgets"] == {"met": 1, "missed": 0, "share": 1.0}
             assert verifier["predicted"]["tpot_ms"] == 10.0
             assert verifier["speculation"] == {"state": "off", "limit": 1.0}
             assert answer["draft_workers"] == []

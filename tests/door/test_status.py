@@ -34,7 +34,7 @@ ANSWER: dict[str, Any] = {
             "tokens_per_round": 2.25,
             "acceptance": {"rate": 0.5, "length": 2.5},
             "speculation": {"state": "active", "limit": 0.5},
-            "budgets_met": 0.97,
+            "budgets": {"met": 97, "missed": 3, "share": 0.97},
             "predicted": {"ttft_ms": 80.0, "tpot_ms": 12.5},
         },
         {
@@ -49,7 +49,7 @@ ANSWER: dict[str, Any] = {
             "tokens_per_round": 1.0,
             "acceptance": {"rate": None, "length": None},
             "speculation": {"state": "inactive", "limit": 1.0},
-            "budgets_met": 1.0,
+            "budgets": {"met": 0, "missed": 0, "share": None},
             "predicted": None,
         },
     ],

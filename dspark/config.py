@@ -33,7 +33,7 @@ class EngineConfig(BaseModel):
     max_queued: int = Field(default=256, ge=0, description="requests that wait; more are refused as overload")
     max_batch_tokens: int = Field(default=512, ge=16, le=65536, description="tokens of one step, drafted ones included")
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
-    draft_law_width: int = Field(default=64, ge=1, description="support of the draft law under the ratio rule")
+    draft_law_width: int = Field(default=512, ge=1, description="support of the draft law under the ratio rule")
     survival: Literal["auto", "head", "margin", "constant"] = Field(
         default="auto", description="what estimates acceptance; auto: the drafter's confidence head if it has one, else its margins"
     )

@@ -7,12 +7,13 @@
     prompt_lens  [B]    int64   tokens before the answer
     anchors      [B, A] int64   positions of block anchors inside the answer
     is_real      [B, A] bool    False where a sequence has fewer anchors than A
+    samples      [B]    int64   which samples of the corpus they are
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,14 +38,12 @@ class Batch:
     anchors: Tensor
     is_real: Tensor
     temperatures: Tensor
+    samples: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            *(
-                part.to(device, non_blocking=True)
-                for part in (self.tokens, self.lengths, self.prompt_lens, self.anchors, self.is_real, self.temperatures)
-            )
-        )
+        """Everything on the device, but ``samples``: they name places in the memory of this process."""
+        names = ("tokens", "lengths", "prompt_lens", "anchors", "is_real", "temperatures")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +96,17 @@ def _padded(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def make_batch(corpus: Corpus, indices: Sequence[int] | NDArray[np.int64], settings: TrainerConfig, draws: torch.Generator) -> Batch:
     """Pad the sequences and draw their anchors; tensors on the CPU."""
-    samples = [corpus.sample(int(i))[: settings.max_len].astype(np.int64) for i in indices]
-    lengths = torch.tensor([len(sample) for sample in samples])
+    texts = [corpus.sample(int(i))[: settings.max_len].astype(np.int64) for i in indices]
+    lengths = torch.tensor([len(text) for text in texts])
     width = -(-int(lengths.max()) // PAD_TO) * PAD_TO
-    tokens = np.zeros((len(samples), width), np.int64)
-    for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample)] = sample
+    tokens = np.zeros((len(texts), width), np.int64)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
     prompt_lens = torch.from_numpy(corpus.prompt_lens[indices].astype(np.int64))
     anchors, is_real = draw_anchors(lengths, prompt_lens, width, settings.anchors, draws)
     temperatures = torch.from_numpy(corpus.temperatures[indices].astype(np.float32))
-    return Batch(torch.from_numpy(tokens), lengths, prompt_lens, anchors, is_real, temperatures)
+    samples = torch.tensor([int(i) for i in indices], dtype=torch.int64)
+    return Batch(torch.from_numpy(tokens), lengths, prompt_lens, anchors, is_real, temperatures, samples)
 
 
 def draw_anchors(lengths: Tensor, prompt_lens: Tensor, width: int, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:

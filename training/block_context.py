@@ -41,7 +41,7 @@ class DenseContext:
         all_v = torch.cat((values, own_v), dim=1).transpose(1, 2)
         if fold > 1:
             all_k, all_v = all_k.repeat_interleave(fold, dim=1), all_v.repeat_interleave(fold, dim=1)
-        bias = mask.to(_attention_dtype(query)).unsqueeze(1)
+        bias = mask.to(attention_dtype(query)).unsqueeze(1)
         attended = F.scaled_dot_product_attention(query.transpose(1, 2), all_k, all_v, attn_mask=bias, scale=self.config.attention_scale)
         return attended.transpose(1, 2).reshape(q.shape)
 
@@ -75,6 +75,6 @@ def block_visibility(anchors: Tensor, length: int, num_slots: int, kind: LayerMa
     return torch.cat((context, own.expand(batch, -1, -1)), dim=-1)
 
 
-def _attention_dtype(query: Tensor) -> torch.dtype:
+def attention_dtype(query: Tensor) -> torch.dtype:
     """What attention will compute in: autocast casts queries, but not a mask of another dtype."""
     return torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype

@@ -1,4 +1,4 @@
-"""``dspark train synthesize | drafter | calibrate | evaluate | export | all --config FILE``: from a model to its drafter."""
+"""``dspark train synthesize | drafter | calibrate | evaluate | compare | export | all --config FILE``: from a model to its drafter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ STAGES = {
     "drafter": "train a drafter on the answers",
     "calibrate": "make its confidences honest",
     "evaluate": "measure acceptance lengths through the serving engine",
+    "compare": "train drafters of several kinds alike and measure them side by side",
     "export": "write the drafter of the last checkpoint",
     "all": "synthesize, drafter, calibrate and evaluate, one after the other",
 }
@@ -44,7 +45,14 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument(
                 "--max-seconds", type=float, metavar="N", help="stop after so long with everything saved; run again to go on"
             )
-        if name == "evaluate":
+        if name in ("drafter", "all"):
+            stage.add_argument(
+                "--num-workers",
+                type=int,
+                metavar="N",
+                help="train on N workers of Ray (needs dspark-serve[train]); without it, in this process",
+            )
+        if name in ("evaluate", "compare"):
             _add_evaluate(stage)
     return parser
 
@@ -82,9 +90,16 @@ def _synthesize(config: TrainConfig, args: argparse.Namespace) -> bool:
 
 
 def _drafter(config: TrainConfig, args: argparse.Namespace) -> bool:
-    from dspark.training.trainer import train
+    max_seconds = getattr(args, "max_seconds", None)
+    if args.num_workers is None:
+        from dspark.training.trainer import train
 
-    return train(config, _progress, getattr(args, "max_seconds", None))
+        return train(config, _progress, max_seconds)
+    from dspark.training.on_ray import train_on_ray
+
+    if args.num_workers < 1:
+        raise ConfigError("--num-workers must be at least 1")
+    return train_on_ray(config, args.num_workers, _progress, max_seconds)
 
 
 def _calibrate(config: TrainConfig, args: argparse.Namespace) -> bool:
@@ -97,6 +112,19 @@ def _calibrate(config: TrainConfig, args: argparse.Namespace) -> bool:
 def _evaluate(config: TrainConfig, args: argparse.Namespace) -> bool:
     from dspark.training.evaluate import evaluate
 
+    evaluate(_with_evaluation(config, args), _progress, getattr(args, "drafter", ()))
+    return True
+
+
+def _compare(config: TrainConfig, args: argparse.Namespace) -> bool:
+    from dspark.training.compare import compare
+
+    compare(_with_evaluation(config, args), _progress, tuple(args.drafter))
+    return True
+
+
+def _with_evaluation(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+    """The settings with what the command line says of prompts."""
     named = {
         "prompts": getattr(args, "prompts", None),
         "limit": getattr(args, "limit", None),
@@ -105,9 +133,7 @@ def _evaluate(config: TrainConfig, args: argparse.Namespace) -> bool:
     given = {key: value for key, value in named.items() if value is not None}
     if any(value < 1 for value in given.values() if isinstance(value, int)):
         raise ConfigError("--limit and --max-tokens must be at least 1")
-    settings = config.evaluate.model_copy(update=given)
-    evaluate(config.model_copy(update={"evaluate": settings}), _progress, getattr(args, "drafter", ()))
-    return True
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=given)})
 
 
 def _export(config: TrainConfig, args: argparse.Namespace) -> bool:
@@ -126,6 +152,7 @@ _RUN: dict[str, Callable[[TrainConfig, argparse.Namespace], bool]] = {
     "drafter": _drafter,
     "calibrate": _calibrate,
     "evaluate": _evaluate,
+    "compare": _compare,
     "export": _export,
     "all": _all,
 }

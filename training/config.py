@@ -58,28 +58,45 @@ class SynthesizeConfig(Section):
 class DrafterConfig(Section):
     """The drafter's shape; None takes the target's."""
 
-    kind: Literal["dspark", "dflash"] = Field(default="dspark", description="dflash: no sequential head, the anchor is a separate input")
-    num_layers: int = Field(default=3, ge=1, description="draft layers")
-    num_taps: int = Field(default=5, ge=1, description="target layers tapped, evenly spaced (unless taps names them)")
+    kind: Literal["dspark", "dflash", "eagle3"] = Field(
+        default="dspark", description="dflash: no sequential head, the anchor is a separate input; eagle3: one layer run block_size times"
+    )
+    num_layers: int | None = Field(default=None, ge=1, description="draft layers; None: 3, and 1 for eagle3, which has no more")
+    num_taps: int | None = Field(
+        default=None, ge=1, description="target layers tapped, evenly spaced (unless taps names them); None: 5, and 3 for eagle3"
+    )
+    style: Literal["auto", "qwen3", "gemma4"] = Field(default="auto", description="norms of the layers; auto: gemma4 for such a target")
     taps: tuple[int, ...] | None = Field(default=None, description="target layer ids; id L is the output of layer L, -1 the embeddings")
     block_size: int = Field(default=7, ge=1, le=64, description="drafted tokens a round")
     mask_token_id: int | None = Field(default=None, ge=0, description="stands for tokens not drafted yet; None: an unused id")
     head: Literal["vanilla", "gated", "rnn", "none"] = Field(default="vanilla", description="sequential head")
     markov_rank: int = Field(default=256, ge=1, description="of the sequential head")
-    confidence: bool = Field(default=True, description="train a confidence head")
+    confidence: bool | None = Field(default=None, description="train a confidence head; None: for dspark, the others' dialects have none")
     intermediate_size: int | None = Field(default=None, ge=1, description="width of the MLPs")
     num_heads: int | None = Field(default=None, ge=1, description="attention heads")
     num_kv_heads: int | None = Field(default=None, ge=1, description="key-value heads")
     head_dim: int | None = Field(default=None, ge=2, description="size of a head")
     window: int | None = Field(default=None, ge=1, description="context positions that a draft layer sees; None: all")
     draft_vocab_size: int | None = Field(
-        default=None, ge=2, description="predict this many tokens, the most frequent of the data, when drafting on a CPU; None: all"
+        default=None,
+        ge=2,
+        description="predict this many tokens, the most frequent of the data (dspark and dflash: when drafting on a CPU); None: all",
     )
 
     @model_validator(mode="after")
-    def _dflash_has_no_head(self) -> DrafterConfig:
-        if self.kind == "dflash" and "head" in self.model_fields_set and self.head != "none":
-            raise ValueError("a dflash drafter has no sequential head; leave head out")
+    def _kinds_differ(self) -> DrafterConfig:
+        if self.kind == "dspark":
+            return self
+        if "head" in self.model_fields_set and self.head != "none":
+            raise ValueError(f"head: a {self.kind} drafter has no sequential head; leave it out")
+        if self.confidence:
+            raise ValueError(f"confidence: the checkpoints of {self.kind} drafters have no confidence head; leave it out")
+        if self.style == "gemma4":
+            raise ValueError(f"style: the checkpoints of {self.kind} drafters know no gemma4 layers")
+        if self.kind == "eagle3" and (self.num_layers or 1) > 1:
+            raise ValueError("num_layers: an eagle3 drafter has one layer")
+        if self.kind == "eagle3" and self.window is not None:
+            raise ValueError("window: the checkpoints of eagle3 drafters have none")
         return self
 
 
@@ -112,6 +129,9 @@ class TrainerConfig(Section):
     save_every_s: float = Field(default=60.0, ge=0, description="seconds between checkpoints")
     log_every: int = Field(default=20, ge=1, description="steps between lines of metrics")
     compile: bool = Field(default=False, description="compile the loss with torch.compile")
+    feature_cache_gib: float = Field(
+        default=0.0, ge=0, description="memory of each worker for target features that later epochs read again; 0: none are kept"
+    )
     seed: int = Field(default=0, description="of initial weights, data order and anchors")
 
 
@@ -137,12 +157,22 @@ class EvaluateConfig(Section):
     max_num_seqs: int = Field(default=64, ge=1, description="requests at once")
 
 
+class CompareConfig(Section):
+    """Drafters of several kinds trained alike."""
+
+    kinds: tuple[Literal["dspark", "dflash", "eagle3"], ...] = Field(
+        default=("dspark", "dflash", "eagle3"), min_length=1, description="of drafters"
+    )
+    train_seconds: float | None = Field(default=None, gt=0, description="of training each; None: the trainer's own schedule")
+
+
 class TrainConfig(Section):
     """One target and everything that becomes of it; ``out`` holds the data, the checkpoints and the drafter."""
 
     model: str | None = Field(default=None, description="folder or hub name of the target; None is the embedded model")
     revision: str | None = Field(default=None, description="revision of a hub model")
     out: Path = Field(description="folder of the run")
+    data_folder: Path | None = Field(default=None, description="folder of the answers; None: data in the folder of the run")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: DType = Field(default="auto", description="of the target, and of the saved drafter; auto is bfloat16")
     synthesize: SynthesizeConfig = Field(default=SynthesizeConfig(), description="prompts and answers")
@@ -151,11 +181,12 @@ class TrainConfig(Section):
     trainer: TrainerConfig = Field(default=TrainerConfig(), description="optimisation")
     calibrate: CalibrateConfig = Field(default=CalibrateConfig(), description="calibration of the confidences")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="acceptance length")
+    compare: CompareConfig = Field(default=CompareConfig(), description="kinds of drafters side by side")
 
     @property
     def data(self) -> Path:
         """Folder of the shards."""
-        return self.out / "data"
+        return self.data_folder or self.out / "data"
 
     @property
     def checkpoints(self) -> Path:

@@ -9,13 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-import dspark
 from dspark.errors import ConfigError
 from dspark.prompting import render_chat
 from dspark.sampling import SamplingParams
 from dspark.training.config import EvaluateConfig, TrainConfig
 from dspark.training.files import write_json
-from dspark.training.prompts import read_prompts
+from dspark.training.prompts import BUILT_IN, read_prompts
 from dspark.training.served import Record, drafting_engine, run_requests
 from dspark.training.target import load_target
 from dspark.types import Request
@@ -24,17 +23,21 @@ from dspark.workers.verifier.targets import Target
 
 Progress = Callable[[str], None]
 RESULTS = "evaluation.json"
-BUILT_IN = Path(dspark.__file__).parent / "bench" / "prompts"
 
 
 def evaluate(config: TrainConfig, progress: Progress, drafters: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Measure every drafter (ours, then the named ones) on every set; writes ``evaluation.json`` and reports a table."""
-    settings = config.evaluate
-    names = [str(config.drafter_folder), *settings.drafters, *drafters]
+    names = [str(config.drafter_folder), *config.evaluate.drafters, *drafters]
     if not (config.drafter_folder / "config.json").is_file():
         if len(names) == 1:
             raise ConfigError(f"{config.drafter_folder} holds no drafter; run dspark train drafter first")
         names = names[1:]
+    return measure(config, names, config.out / RESULTS, progress)
+
+
+def measure(config: TrainConfig, names: Sequence[str], path: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Every drafter on every set at every temperature; the results are written to ``path`` as they come, and a table is reported."""
+    settings = config.evaluate
     target, tokenizer = load_target(config)
     prompts = _prompt_sets(settings, tokenizer)
     results = []
@@ -43,7 +46,7 @@ def evaluate(config: TrainConfig, progress: Progress, drafters: Sequence[str] = 
         for heat in settings.temperatures:
             for set_name, ids in prompts.items():
                 results.append(_measure(engine, name, set_name, _requests(ids, heat, settings, target)) | {"temperature": heat})
-                write_json(config.out / RESULTS, results)
+                write_json(path, results)
                 progress(_line(results[-1]))
     progress(table(results))
     return results
@@ -61,13 +64,19 @@ def acceptance(records: Sequence[Record], block_size: int) -> tuple[float, list[
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """One line for each drafter and temperature, one column for each set."""
+    """One line for each drafter and temperature, one column for each set, in Markdown."""
     sets = list(dict.fromkeys(row["set"] for row in results))
-    lines = [" | ".join(["drafter", "T", *sets])]
+    cells = [["drafter", "T", *sets], ["---"] * (len(sets) + 2)]
     for name, heat in dict.fromkeys((row["drafter"], row["temperature"]) for row in results):
         found = {row["set"]: row["acceptance_length"] for row in results if (row["drafter"], row["temperature"]) == (name, heat)}
-        lines.append(" | ".join([Path(name).name, f"{heat:g}", *(f"{found[one]:.2f}" if one in found else "-" for one in sets)]))
-    return "\n".join(lines)
+        cells.append([_label(name), f"{heat:g}", *(f"{found[one]:.2f}" if one in found else "-" for one in sets)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _label(name: str) -> str:
+    """What to call a drafter: its name, or its folder; a run's own drafter by the run's."""
+    path = Path(name)
+    return path.parent.name if path.name == "drafter" and path.parent.name else path.name
 
 
 def _prompt_sets(settings: EvaluateConfig, tokenizer: Any) -> dict[str, list[list[int]]]:
@@ -112,6 +121,6 @@ def _measure(engine: Engine, drafter: str, set_name: str, requests: Sequence[Req
 def _line(row: dict[str, Any]) -> str:
     rates = " ".join(f"{value:.2f}" for value in row["acceptance"])
     return (
-        f"{Path(row['drafter']).name} T={row['temperature']:g} {row['set']}: {row['acceptance_length']:.3f} tokens a round"
+        f"{_label(row['drafter'])} T={row['temperature']:g} {row['set']}: {row['acceptance_length']:.3f} tokens a round"
         f" ({rates}), {row['num_tokens']} tokens in {row['seconds']:.0f} s"
     )

@@ -1,4 +1,4 @@
-"""From training state to a drafter folder that serving and other engines load: DeepSpec's dialect, in the target's dtype."""
+"""From training state to a drafter folder that serving and other engines load, in the dialect of its kind and the target's dtype."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import shutil
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from dspark.errors import ConfigError
 from dspark.training import checkpoints
 from dspark.training.config import TrainConfig
 from dspark.training.files import write_json
-from dspark.training.model import module_config, new_module
+from dspark.training.model import Module, module_config, new_module
 from dspark.training.shards import Corpus, read_corpus
 from dspark.training.target import load_target
 from dspark.workers.build import target_head
-from dspark.workers.drafter.checkpoint import WEIGHTS_FILE
-from dspark.workers.drafter.dialects import save_drafter
+from dspark.workers.drafter.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from dspark.workers.drafter.draft_vocabulary import VOCABULARY_FILE
-from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.eagle3_module import Eagle3Module
+from dspark.workers.drafter.saving import save_drafter
 from dspark.workers.verifier.targets import Target
 
 Progress = Callable[[str], None]
@@ -35,17 +36,21 @@ def export(config: TrainConfig, progress: Progress) -> None:
     progress(f"drafter in {config.drafter_folder}")
 
 
-def export_module(config: TrainConfig, module: DSparkModule, corpus: Corpus, target: Target) -> None:
+def export_module(config: TrainConfig, module: Module, corpus: Corpus, target: Target) -> None:
     """Write a drafter folder, replacing an older one only when the new one is whole."""
     folder = config.drafter_folder
     making = folder.with_name(f".{folder.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     try:
         rounded = copy.deepcopy(module).to(target.dtype)
+        size = config.drafter.draft_vocab_size
+        frequent = None if size is None else frequent_tokens(corpus, size, target.vocab_size)
+        if isinstance(rounded, Eagle3Module) and frequent is not None:
+            rounded.use_draft_vocabulary(torch.tensor(frequent, device=target.device), None)
         save_drafter(making, rounded)
-        (making / WEIGHTS_FILE).chmod((making / "config.json").stat().st_mode)  # some versions write it for the owner only
-        if (size := config.drafter.draft_vocab_size) is not None:
-            write_json(making / VOCABULARY_FILE, {"token_ids": frequent_tokens(corpus, size, target.vocab_size)}, indent=None)
+        (making / WEIGHTS_FILE).chmod((making / CONFIG_FILE).stat().st_mode)  # some versions write it for the owner only
+        if not isinstance(rounded, Eagle3Module) and frequent is not None:
+            write_json(making / VOCABULARY_FILE, {"token_ids": frequent}, indent=None)
         if folder.exists():
             shutil.rmtree(folder)
         making.rename(folder)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import ConfigError
+from dspark.training.batches import Batch
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.verifier.attention import ATTENTION_NAME
 from dspark.workers.verifier.targets import Target
@@ -41,9 +42,13 @@ class FeatureReader:
         """Give the target its paged attention back."""
         self.target.model.set_attn_implementation(ATTENTION_NAME)
 
-    @torch.no_grad()
-    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(taps, hidden) of a batch, in the target's dtype."""
+        return self.run(batch.tokens)
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(taps, hidden) of right-padded tokens [B, L]."""
         found: dict[int, Tensor] = {}
         with self._hooks(found):
             output = self.target.model.get_decoder()(tokens, use_cache=False)  # type: ignore[no-untyped-call]
@@ -78,7 +83,7 @@ class FeatureReader:
     def _check_head(self, head: TargetHead) -> None:
         """The laws trained on are the target's own: hidden states through ``head`` must give its logits."""
         tokens = torch.arange(CHECK_TOKENS, device=self.target.device).unsqueeze(0)
-        _, hidden = self.read(tokens)
+        _, hidden = self.run(tokens)
         expected = self.target.model(tokens, use_cache=False).logits.float()
         logits = (hidden @ head.lm_head.T).float()
         if head.softcap is not None:

@@ -42,9 +42,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Add one JSON line."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(value) + "\n")
+    """Add one JSON line; ConfigError if the disk refuses."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(value) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _write_text(path: Path, text: str) -> None:

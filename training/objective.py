@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.training.batches import Batch
-from dspark.training.block_context import DenseContext
 from dspark.training.config import LossConfig
+from dspark.training.drafting import Drafted, draft
+from dspark.training.feature_cache import CachedReader
 from dspark.training.features import FeatureReader
 from dspark.training.laws_loss import LawResult, LawRows, LawTerms, law_loss
-from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.training.model import Module
 from dspark.workers.drafter.target_head import TargetHead
 
 DECAY_OF_BLOCK = 4.0 / 7.0  # of γ, when decay is not set
@@ -45,10 +46,13 @@ class Outcome:
         return 1.0 + (self.overlap.cumprod(-1).sum(-1) * whole).sum() / whole.sum()
 
 
-class Objective:
-    """Loss of a module against its target."""
+class Objective(nn.Module):
+    """Loss of a module, its only part with parameters, against its target."""
 
-    def __init__(self, module: DSparkModule, reader: FeatureReader, head: TargetHead, settings: LossConfig, compiled: bool = False) -> None:
+    def __init__(
+        self, module: Module, reader: FeatureReader | CachedReader, head: TargetHead, settings: LossConfig, compiled: bool = False
+    ) -> None:
+        super().__init__()
         self.module = module
         self.reader = reader
         self.settings = settings
@@ -57,24 +61,22 @@ class Objective:
         decay = settings.decay or DECAY_OF_BLOCK * block
         self.position_weights = torch.exp(-torch.arange(block) / decay)
 
-    def __call__(self, batch: Batch) -> Outcome:
+    def forward(self, batch: Batch) -> Outcome:
         """The loss of a batch on the CPU; nothing here waits for the device."""
         block, device = self.module.config.block_size, self.reader.target.device
         rows, weights, is_whole = self._rows(batch, block)
         rows, weights, is_whole = (part.to(device, non_blocking=True) for part in (rows, weights, is_whole))
         batch = batch.to(device)
         places = batch.anchors.unsqueeze(-1) + torch.arange(block, device=device)  # a .. a + γ - 1
-        taps, hidden = self.reader.read(batch.tokens)
+        taps, hidden = self.reader.read(batch)
         previous = _at(batch.tokens, places).flatten(0, 1)
         labels = _at(batch.tokens, places + 1).flatten()[rows]
         goal = _rows_of(hidden, places, rows)
         with self._autocast():
-            drafted = self._draft(batch, taps)
-            latent, w2 = self._latents(previous, drafted, rows)
-            sure = self.module.confidence_logits(drafted, previous)
+            drafted = draft(self.module, batch, taps, previous)
         with torch.autocast(device.type, enabled=False):
-            found = law_loss(drafted.flatten(0, 1)[rows], latent, w2, LawRows(goal, labels, weights), self.terms)
-            confidence = self._confidence(sure, rows, found, weights)
+            found = self._laws(drafted, rows, LawRows(goal, labels, weights))
+            confidence = self._confidence(drafted.confidence, rows, found, weights)
         return self._outcome(found, confidence, weights, rows, is_whole)
 
     def _rows(self, batch: Batch, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,19 +91,9 @@ class Objective:
         target = self.reader.target
         return nullcontext() if target.dtype == torch.float32 else torch.autocast(target.device.type, dtype=torch.bfloat16)
 
-    def _draft(self, batch: Batch, taps: Tensor) -> Tensor:
-        """h_1 .. h_γ [B * A, γ, d]."""
-        module = self.module
-        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        kv = module.context_kv(module.project(taps), positions)
-        context = DenseContext(module.config, batch.anchors, kv)
-        return module.block_hidden(batch.tokens.gather(1, batch.anchors).flatten(), batch.anchors.flatten(), context)
-
-    def _latents(self, previous: Tensor, drafted: Tensor, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        head = self.module.markov_head
-        if head is None:
-            return None, None
-        return head.block_latents(previous, drafted).flatten(0, 1)[rows], head.markov_w2.weight
+    def _laws(self, drafted: Drafted, rows: Tensor, goals: LawRows) -> LawResult:
+        latent = None if drafted.latents is None else drafted.latents.flatten(0, 1)[rows]
+        return law_loss(drafted.hidden.flatten(0, 1)[rows], latent, drafted.w2, goals, self.terms)
 
     def _confidence(self, sure: Tensor | None, rows: Tensor, found: LawResult, weights: Tensor) -> Tensor:
         if sure is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 Bin = tuple[float, float, int]  # mean estimate, share that survived, observations
@@ -41,18 +41,18 @@ def plot_metrics(metrics: Path) -> Path | None:
     return path
 
 
-def plot_reliability(folder: Path, before: Sequence[Sequence[Bin]], after: Sequence[Sequence[Bin]]) -> list[Path]:
+def plot_reliability(folder: Path, diagrams: Sequence[Mapping[str, Sequence[Bin]]]) -> list[Path]:
     """One diagram a position: mean estimated survival against what survived, bin by bin; no files without matplotlib."""
     if not can_plot():
         return []
     from matplotlib.figure import Figure
 
     paths = []
-    for position, (raw, fitted) in enumerate(zip(before, after, strict=True), start=1):
+    for position, estimators in enumerate(diagrams, start=1):
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-        for bins, name in ((raw, "before"), (fitted, "after")):
+        for name, bins in estimators.items():
             axes.plot([b[0] for b in bins], [b[1] for b in bins], marker="o", label=name)
         axes.set(xlabel="estimated survival", ylabel="share that survived", title=f"position {position}", xlim=(0, 1), ylim=(0, 1))
         axes.legend()

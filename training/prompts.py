@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dspark
 from dspark.errors import BadRequest, ConfigError
 from dspark.prompting import render_chat
 from dspark.training.config import Opening, SynthesizeConfig
 from dspark.training.shards import text_digest
 
+BUILT_IN = Path(dspark.__file__).parent / "bench" / "prompts"  # what the project measures with; never trained on
 MARK = "MARK\N{REPLACEMENT CHARACTER}MARK"
 NUM_CHECKED = 4
+PASSAGE_WORDS = 13
+MAX_SHARED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +97,47 @@ def _first_turn(line: str, where: str) -> str:
     return turns[0]
 
 
-def excluded_digests(folders: Sequence[Path]) -> frozenset[int]:
-    """Digests of all evaluation prompts, which may not be trained on."""
-    found = set()
-    for folder in folders:
-        if not folder.exists():
-            raise ConfigError(f"exclude: {folder} does not exist")
-        found |= {text_digest(prompt) for prompt in read_prompts(folder)}
-    return frozenset(found)
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """Evaluation prompts, which may not be trained on.
+
+    A text is one of them if it is the same but for case and spacing, or repeats ``PASSAGE_WORDS`` words in a row that at most
+    ``MAX_SHARED`` of them share: what more share is the set's instructions.
+    """
+
+    digests: frozenset[int]
+    passages: frozenset[str]
+
+    @staticmethod
+    def of(folders: Sequence[Path]) -> Excluded:
+        """The prompts of all folders; ConfigError if one is not there or holds none."""
+        digests: set[int] = set()
+        counts: Counter[str] = Counter()
+        for folder in folders:
+            if not folder.exists():
+                raise ConfigError(f"synthesize.exclude: {folder} does not exist")
+            for prompt in read_prompts(folder):
+                digests.add(text_digest(prompt))
+                counts.update(set(_passages(prompt)))
+        return Excluded(frozenset(digests), frozenset(text for text, count in counts.items() if count <= MAX_SHARED))
+
+    def has(self, text: str) -> bool:
+        """Whether ``text`` is one of them."""
+        return text_digest(text) in self.digests or any(passage in self.passages for passage in _passages(text))
+
+    def refuse(self, prompts: Sequence[str]) -> None:
+        """ConfigError if one of ``prompts`` is one of them."""
+        for number, prompt in enumerate(prompts, start=1):
+            if self.has(prompt):
+                raise ConfigError(
+                    f"synthesize.prompts: prompt {number} is an evaluation prompt or repeats a passage of one,"
+                    f" which may not be trained on: {prompt.strip()[:80]!r}"
+                )
 
 
-def refuse_excluded(prompts: Sequence[str], excluded: frozenset[int]) -> None:
-    """ConfigError if a prompt is one of the evaluation's."""
-    for number, prompt in enumerate(prompts, start=1):
-        if text_digest(prompt) in excluded:
-            raise ConfigError(f"prompt {number} is an evaluation prompt, which may not be trained on: {prompt.strip()[:80]!r}")
+def _passages(text: str) -> Iterator[str]:
+    words = text.casefold().split()
+    return (" ".join(words[i : i + PASSAGE_WORDS]) for i in range(len(words) - PASSAGE_WORDS + 1))
 
 
 def draw_openings(config: SynthesizeConfig, count: int, draws: random.Random) -> list[tuple[str, Opening]]:
@@ -115,11 +146,11 @@ def draw_openings(config: SynthesizeConfig, count: int, draws: random.Random) ->
     return [(draws.choice(kind.texts), kind) for kind in kinds]
 
 
-def usable_prompts(texts: Sequence[str | None], config: SynthesizeConfig, seen: set[int]) -> list[str]:
-    """The texts that are new and long enough; ``seen`` learns them."""
+def usable_prompts(texts: Sequence[str | None], config: SynthesizeConfig, seen: set[int], excluded: Excluded) -> list[str]:
+    """The texts that are new, long enough and none of the evaluation's; ``seen`` learns them."""
     kept = []
     for text in texts:
-        if text is None or len(text.strip()) < config.min_prompt_chars:
+        if text is None or len(text.strip()) < config.min_prompt_chars or excluded.has(text):
             continue
         digest = text_digest(text)
         if digest not in seen:

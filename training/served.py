@@ -11,6 +11,7 @@ from dspark.config import EngineConfig
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, DraftTree, DraftTurn, Request, StepOutcome
 from dspark.workers.build import assemble
+from dspark.workers.drafter.local import GraftedDrafter
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.targets import Target
 
@@ -19,9 +20,10 @@ MAX_DRAFT = 64  # more than any block: whatever is drafted is verified
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One verified round: what was drafted with which confidence, and how much of it stood."""
+    """One verified round: what was drafted with which confidence and margin (none: empty), and how much of it stood."""
 
     confidence: tuple[float, ...]
+    margin: tuple[float, ...]
     drafted: int
     accepted: int
     num_tokens: int
@@ -74,6 +76,12 @@ def drafting_engine(target: Target, tokenizer: Any, drafter: str, max_num_seqs: 
     return engine
 
 
+def has_head(drafter: Drafter) -> bool:
+    """Whether the drafter's confidences are those of a trained head."""
+    inner = drafter.inner if isinstance(drafter, RecordingDrafter) else drafter
+    return isinstance(inner, GraftedDrafter) and inner.module.config.has_confidence
+
+
 def run_requests(engine: Engine, requests: Sequence[Request], on_end: Callable[[], object] = lambda: None) -> list[Record]:
     """Run all requests to their end, in order; rounds are recorded if the engine's drafter records."""
     records = {request.id: Record() for request in requests}
@@ -93,8 +101,8 @@ def _note(engine: Engine, record: Record, outcome: StepOutcome) -> None:
     record.tokens.extend(outcome.tokens)
     drafts = engine.drafter.last if isinstance(engine.drafter, RecordingDrafter) else {}
     tree = drafts.get(outcome.request_id) if outcome.drafted else None
-    confidence = () if tree is None else tree.confidence[: outcome.drafted]
-    record.rounds.append(Round(confidence, outcome.drafted, outcome.accepted, len(outcome.tokens)))
+    confidence, margin = ((), ()) if tree is None else (tree.confidence[: outcome.drafted], tree.margin[: outcome.drafted])
+    record.rounds.append(Round(confidence, margin, outcome.drafted, outcome.accepted, len(outcome.tokens)))
 
 
 class ServedGenerator:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from dspark.config import EngineConfig
 from dspark.errors import ConfigError
 from dspark.training.config import SynthesizeConfig, TrainConfig
 from dspark.training.dense import DenseGenerator
-from dspark.training.prompts import Template, draw_openings, excluded_digests, read_prompts, refuse_excluded, usable_prompts
+from dspark.training.prompts import BUILT_IN, Excluded, Template, draw_openings, read_prompts, usable_prompts
 from dspark.training.served import ServedGenerator
 from dspark.training.shards import Sample, check_manifest, read_corpus, shard_path, text_digest, update_manifest, write_shard
 from dspark.training.target import fingerprint, load_target, template_digest
@@ -52,12 +52,12 @@ def synthesize(config: TrainConfig, progress: Progress, max_seconds: float | Non
     """
     begin = time.monotonic()
     settings = config.synthesize
-    excluded = excluded_digests(settings.exclude)
+    excluded = Excluded.of((BUILT_IN, *settings.exclude))
     given = _given_prompts(settings, excluded)
     target, tokenizer = load_target(config)
     template = Template.of(tokenizer, target.eos_ids)
     check_manifest(config.data, _identity(config, target, tokenizer))
-    maker = _Maker(settings, target, template, _generator(config, target, tokenizer), set(excluded))
+    maker = _Maker(settings, target, template, _generator(config, target, tokenizer), excluded)
     waves = _waves(settings, given)
     done = [wave for wave in waves if shard_path(config.data, wave.index).exists()]
     if done:
@@ -76,12 +76,15 @@ def synthesize(config: TrainConfig, progress: Progress, max_seconds: float | Non
     return all(shard_path(config.data, wave.index).exists() for wave in waves)
 
 
-def _given_prompts(settings: SynthesizeConfig, excluded: frozenset[int]) -> list[str] | None:
+def _given_prompts(settings: SynthesizeConfig, excluded: Excluded) -> list[str] | None:
     if settings.prompts is None:
         return None
     prompts = read_prompts(settings.prompts)
-    refuse_excluded(prompts, excluded)
-    return usable_prompts(prompts, settings, set())[: settings.num_prompts]
+    excluded.refuse(prompts)
+    kept = usable_prompts(prompts, settings, set(), excluded)[: settings.num_prompts]
+    if not kept:
+        raise ConfigError(f"synthesize.prompts: none of {settings.prompts} has {settings.min_prompt_chars} characters (min_prompt_chars)")
+    return kept
 
 
 def _waves(settings: SynthesizeConfig, given: list[str] | None) -> list[Wave]:
@@ -136,7 +139,8 @@ class _Maker:
     target: Target
     template: Template
     generator: Generator
-    seen: set[int]
+    excluded: Excluded
+    seen: set[int] = field(default_factory=set)
 
     def make(self, wave: Wave) -> list[Sample]:
         seed = self.settings.seed * 1_000_003 + wave.index
@@ -165,4 +169,4 @@ class _Maker:
             opening + body.rstrip() + kind.ending if turn and turn[-1] in stops else None
             for (opening, kind), turn, body in zip(openings, turns, bodies, strict=True)
         ]
-        return usable_prompts(texts, self.settings, self.seen)
+        return usable_prompts(texts, self.settings, self.seen, self.excluded)

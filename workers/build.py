@@ -19,6 +19,7 @@ from dspark.errors import ConfigError
 from dspark.types import Drafter, Mode, Speculation
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.drafter.dialects import load_drafter
+from dspark.workers.drafter.graft import graft
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
@@ -267,8 +268,7 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Dra
 
 
 def _local_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool) -> Drafter:
-    module = load_drafter(folder, target_head(target), target.dtype, target.device)
-    return LocalDrafter(module, pool, law_width=config.draft_law_width)
+    return graft(load_drafter(folder, target_head(target), target.dtype, target.device), pool, config.draft_law_width)
 
 
 def _survival(config: EngineConfig, drafter: Drafter, drafter_name: str) -> str:

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.draft_modules import Tables, tiny_head, tiny_module
+from helpers.draft_modules import Tables, tiny_eagle3, tiny_head, tiny_module
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark.errors import ConfigError
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
-from dspark.workers.drafter.dialects import load_drafter, save_drafter
+from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.layers import rope_frequencies
 from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle
 from dspark.workers.drafter.paged_context import DraftPools, PagedContext
+from dspark.workers.drafter.saving import save_drafter
 from dspark.workers.drafter.target_head import TargetHead
 
 CPU = torch.device("cpu")
@@ -266,9 +267,57 @@ def test_saved_drafters_load_again(tmp_path: Path, head_type: str) -> None:
 
 
 def test_what_deepspec_cannot_express_is_not_saved(tmp_path: Path) -> None:
-    for module in (tiny_module(sample_from_anchor=False), tiny_module(layer_masks=(LayerMask(causal=True), LayerMask()))):
+    for module in (
+        tiny_module(sample_from_anchor=False),  # with a sequential head, which DFlash has not
+        tiny_module(layer_masks=(LayerMask(causal=True), LayerMask())),
+        tiny_module(style=LayerStyle.GEMMA4, layer_masks=(LayerMask(4), LayerMask())),
+        tiny_eagle3(qk_norm=True),
+    ):
         with pytest.raises(ConfigError, match="cannot express"):
             save_drafter(tmp_path, module)
+
+
+def test_saved_gemma4_drafters_load_again(tmp_path: Path) -> None:
+    rope = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    module = tiny_module(style=LayerStyle.GEMMA4, activation="gelu_pytorch_tanh", keys_are_values=True, rope=rope)
+    save_drafter(tmp_path / "drafter", module)
+    loaded = load(tmp_path / "drafter")
+    assert loaded.config == module.config
+    same_drafts(loaded, module)
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert config["architectures"] == ["Gemma4DSparkModel"]
+
+
+HEADLESS = {"head_type": HeadType.NONE, "markov_rank": 0, "has_confidence": False, "confidence_with_markov": False}
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_saved_dflash_drafters_load_again(tmp_path: Path, window: int | None) -> None:
+    module = tiny_module(**HEADLESS, sample_from_anchor=False, layer_masks=(LayerMask(), LayerMask(window)))
+    save_drafter(tmp_path / "drafter", module)
+    loaded = load(tmp_path / "drafter")
+    assert loaded.config == module.config
+    same_drafts(loaded, module)
+    config = json.loads((tmp_path / "drafter" / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["block_size"] == 5, "the anchor and four masks"
+    assert "markov_rank" not in config
+
+
+def test_dflash_as_it_is_released(tmp_path: Path) -> None:
+    """Flat layer keys, block size with the anchor, the rest under dflash_config; or all of it there."""
+    module = tiny_module(**HEADLESS, sample_from_anchor=False)
+    nested = {"mask_token_id": 29, "target_layer_ids": [0, 2]}
+    old = layer_config() | {"architectures": ["DFlashDraftModel"], "block_size": 5, "num_target_layers": 3, "dflash_config": nested}
+    new = layer_config() | {"architectures": ["DFlashDraftModel"], "dflash_config": nested | {"block_size": 5, "num_target_layers": 3}}
+    for name, config in (("old", old), ("new", new)):
+        loaded = load(write(tmp_path / name, config, module.state_dict()))
+        assert loaded.config.block_size == 4
+        same_drafts(loaded, module)
+    causal = load(write(tmp_path / "causal", old | {"dflash_config": nested | {"causal": True}}, module.state_dict()))
+    assert causal.config.layer_masks == (LayerMask(causal=True),) * 2
+    with pytest.raises(ConfigError, match="domino"):
+        load(write(tmp_path / "other", old | {"dflash_config": nested | {"projector_type": "domino"}}, module.state_dict()))
 
 
 def test_bf16_weights_keep_fp32_frequencies(tmp_path: Path) -> None:
@@ -299,10 +348,10 @@ def test_bf16_weights_keep_fp32_frequencies(tmp_path: Path) -> None:
         ({"layer_types": ["full_attention", "linear_attention"]}, tiny_head(), "linear_attention"),
         ({"rope_theta": None}, tiny_head(), "rope_theta"),
         ({"architectures": ["LlamaForCausalLM"]}, tiny_head(), "LlamaForCausalLM"),
-        ({"architectures": None}, tiny_head(), "None is no DSpark drafter"),
+        ({"architectures": None}, tiny_head(), "None is no drafter"),
         ({"dflash_config": [1]}, tiny_head(), "dflash_config must be an object"),
         ({"dspark_block_size": 5}, tiny_head(), "DeepSeek-V4"),
-        ({"speculators_model_type": "eagle3"}, tiny_head(), "eagle3"),
+        ({"speculators_model_type": "peagle"}, tiny_head(), "peagle"),
     ],
 )
 def test_refusals_name_both_sides(tmp_path: Path, changes: Config, head: TargetHead, message: str) -> None:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from dspark.errors import ConfigError
 from dspark.workers.build import target_head
 from dspark.workers.drafter import checkpoint
-from dspark.workers.drafter.dialects import load_drafter, load_projection, save_drafter
+from dspark.workers.drafter.dialects import load_drafter, load_projection
+from dspark.workers.drafter.saving import save_drafter
 from dspark.workers.drafter.target_ends import fingerprint, load_target_head
 from dspark.workers.verifier.targets import as_target
 

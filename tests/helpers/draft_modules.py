@@ -13,7 +13,8 @@ from dspark.sampling import SamplingParams
 from dspark.types import DraftTurn
 from dspark.workers.build import target_head
 from dspark.workers.drafter.dspark_module import DSparkModule
-from dspark.workers.drafter.module_config import LayerMask, ModuleConfig
+from dspark.workers.drafter.eagle3_module import Eagle3Module
+from dspark.workers.drafter.module_config import HeadType, LayerMask, ModuleConfig
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.verifier.targets import Target
 
@@ -31,6 +32,18 @@ TINY = ModuleConfig(
     draft_vocab_size=32,
     markov_rank=6,
 )
+
+
+EAGLE3 = {
+    "layer_masks": (LayerMask(causal=True),),
+    "mask_token_id": 0,
+    "head_type": HeadType.NONE,
+    "markov_rank": 0,
+    "has_confidence": False,
+    "confidence_with_markov": False,
+    "qk_norm": False,
+    "is_autoregressive": True,
+}
 
 
 def tiny_config(**changes: Any) -> ModuleConfig:
@@ -54,7 +67,18 @@ def tiny_module(seed: int = 0, **changes: Any) -> DSparkModule:
     return module.requires_grad_(False).eval()
 
 
-def weights64(module: DSparkModule) -> dict[str, Tensor]:
+def tiny_eagle3(seed: int = 0, **changes: Any) -> Eagle3Module:
+    """An EAGLE-3 module with weights large enough that every part of the equations matters."""
+    module = Eagle3Module(tiny_config(**(EAGLE3 | changes)), tiny_head())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            scale = 0.5 if tensor.dim() == 1 else 1.2 / tensor.shape[-1] ** 0.5
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + (tensor.dim() == 1))
+    return module.requires_grad_(False).eval()
+
+
+def weights64(module: DSparkModule | Eagle3Module) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in module.state_dict().items()}
 
 
@@ -85,7 +109,7 @@ def make_turn(
     return DraftTurn(request_id, base_len, tuple(tokens), feature_start, features, max_draft, sampling or greedy, noise_seed, max_nodes)
 
 
-def random_module(target: Target, seed: int = 0, **changes: Any) -> DSparkModule:
+def random_module(target: Target, seed: int = 0, **changes: Any) -> DSparkModule | Eagle3Module:
     """A random drafter for a tiny target of ``helpers.families``."""
     shape = {
         "hidden_size": target.hidden_size,
@@ -93,7 +117,8 @@ def random_module(target: Target, seed: int = 0, **changes: Any) -> DSparkModule
         "draft_vocab_size": target.vocab_size,
         "target_layer_ids": (-1, 1, 3),
     }
-    module = DSparkModule(tiny_config(**(shape | changes)), target_head(target))
+    config = tiny_config(**(shape | changes))
+    module = Eagle3Module(config, target_head(target)) if config.is_autoregressive else DSparkModule(config, target_head(target))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in module.state_dict().values():

@@ -6,77 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.tiny_model import save_tiny_model
+from helpers.training_runs import BLOCK, NUM_ANSWERS, make_run, request, run_config
 
-from dspark.sampling import SamplingParams
-from dspark.training.config import TrainConfig
 from dspark.training.evaluate import acceptance
 from dspark.training.served import drafting_engine, run_requests
-from dspark.training.shards import Sample, check_manifest, read_corpus, write_shard
 from dspark.training.target import load_target
 from dspark.training.trainer import train
-from dspark.types import Request
 
-BLOCK = 4
-ANSWER = 40
+HELD_OUT = 1
+KINDS: dict[str, dict[str, Any]] = {
+    "vanilla": {"num_layers": 2, "head": "vanilla"},
+    "gated": {"num_layers": 2, "head": "gated"},
+    "rnn": {"num_layers": 2, "head": "rnn"},
+    "dflash": {"num_layers": 2, "kind": "dflash"},
+    "eagle3": {"kind": "eagle3"},
+    "eagle3-small": {"kind": "eagle3", "draft_vocab_size": 200},
+}
+SLOW = ("gated", "rnn", "eagle3-small")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny target, and its greedy answers to eight prompts as training data."""
-    out = tmp_path_factory.mktemp("overfit")
-    save_tiny_model(out / "model")
-    config = make_config(out, "data-only")
-    target, tokenizer = load_target(config)
-    engine = drafting_engine(target, tokenizer, "none", 8)
-    requests = [request(i) for i in range(8)]
-    answers = run_requests(engine, requests)
-    samples = [Sample(one.prompt_token_ids, answer.tokens, 0.0, i) for i, (one, answer) in enumerate(zip(requests, answers, strict=True))]
-    write_shard(out / "data", 0, samples, target.vocab_size)
-    check_manifest(out / "data", {})
-    return out
+    return make_run(tmp_path_factory.mktemp("overfit"))
 
 
-def request(number: int) -> Request:
-    draws = torch.Generator().manual_seed(number)
-    prompt = torch.randint(3, 250, (6 + number,), generator=draws).tolist()
-    return Request(f"r{number}", tuple(prompt), SamplingParams(temperature=0.0, max_tokens=ANSWER, ignore_eos=True))
-
-
-def make_config(out: Path, name: str, **drafter: Any) -> TrainConfig:
-    (out / name).mkdir(exist_ok=True)
-    if not (out / name / "data").exists() and (out / "data").exists():
-        (out / name / "data").symlink_to(out / "data")
-    return TrainConfig.model_validate(
-        {
-            "model": str(out / "model"),
-            "out": out / name,
-            "device": "cpu",
-            "dtype": "float32",
-            "drafter": {"num_layers": 2, "num_taps": 2, "block_size": BLOCK, "markov_rank": 16, **drafter},
-            "loss": {"decay": 100.0, "cross_entropy": 1.0},
-            "trainer": {
-                "max_steps": 150,
-                "batch_tokens": 4096,
-                "anchors": 40,
-                "lr": 3e-3,
-                "held_out": 1,
-                "log_every": 50,
-                "eval_every": 100,
-            },
-        }
-    )
-
-
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-def test_learnt_answers_are_accepted_by_the_engine(folder: Path, head: str) -> None:
-    config = make_config(folder, head, head=head)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in KINDS])
+def test_learnt_answers_are_accepted_by_the_engine(folder: Path, name: str) -> None:
+    config = run_config(folder, name, KINDS[name], max_steps=150 if "eagle3" in name else 80)
     assert train(config, lambda _: None)
-    assert len(read_corpus(config.data)) == 8
     target, tokenizer = load_target(config)
-    engine = drafting_engine(target, tokenizer, str(config.drafter_folder), 8)
-    held_out = 1
-    records = run_requests(engine, [request(i) for i in range(8)])
-    lengths = sorted(acceptance([record], BLOCK)[0] for record in records)[held_out:]
+    engine = drafting_engine(target, tokenizer, str(config.drafter_folder), NUM_ANSWERS)
+    records = run_requests(engine, [request(i) for i in range(NUM_ANSWERS)])
+    lengths = sorted(acceptance([record], BLOCK)[0] for record in records)[HELD_OUT:]
     assert sum(lengths) / len(lengths) > 0.95 * (BLOCK + 1)

@@ -19,8 +19,8 @@ from dspark.types import DraftTree, Request
 from dspark.workers.blocks import BlockPool
 from dspark.workers.build import assemble
 from dspark.workers.drafter.calibration import CALIBRATION_FILE
-from dspark.workers.drafter.dialects import save_drafter
 from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.drafter.saving import save_drafter
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.host import EngineHost
 from dspark.workers.verifier.targets import Target

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dspark.kernels.draft_draw import draw, log_odds, truncate_law
 from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.grafted import GraftedModule
 
 TOP_K_GROUP = 8  # candidates are searched in groups of this many logits on CPU
 
@@ -85,7 +86,7 @@ def base_law(module: DSparkModule, hidden: Tensor, head_top_k: int | None) -> tu
     return values.view(*base.shape[:2], -1), candidates.view(*base.shape[:2], -1)
 
 
-def target_ids(module: DSparkModule, ids: Tensor) -> Tensor:
+def target_ids(module: GraftedModule, ids: Tensor) -> Tensor:
     """Ids of the target's vocabulary for those of the draft vocabulary."""
     return ids if module.draft_target_ids is None else module.draft_target_ids[ids]
 

@@ -1,4 +1,4 @@
-"""The configurations of DSpark checkpoints in the wild, read into one ``ModuleConfig``.
+"""The configurations of drafter checkpoints in the wild, read into one ``ModuleConfig``.
 
 =============  ==========================================  ==================================================
 dialect        marker                                      conventions
@@ -8,6 +8,9 @@ DeepSpec       architectures: Qwen3DSparkModel or          flat keys; tap L is t
 speculators    speculators_model_type: dspark or dflash    layers under transformer_layer_config; id L counts layers,
                                                            so its tap is L - 1; sample_from_anchor; d2t
 SpecForge      architectures: DSparkDraftModel             keys under dflash_config; taps as DeepSpec
+DFlash         architectures: DFlashDraftModel             as SpecForge, without heads; only the masks predict, so a block of
+                                                           block_size inputs drafts one token less
+EAGLE-3        see ``eagle3_configs.py``
 DeepSeek-V4    dspark_* keys on the target's own config    refused: the drafter's layers are the target's own MoE
 =============  ==========================================  ==================================================
 
@@ -26,7 +29,9 @@ from dspark.errors import ConfigError
 from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle, ModuleConfig
 
 BUNDLED_KEYS = ("dspark_block_size", "dspark_target_layer_ids", "dspark_noise_token_id")
-DEEPSPEC_QWEN3, DEEPSPEC_GEMMA4, SPECFORGE = "Qwen3DSparkModel", "Gemma4DSparkModel", "DSparkDraftModel"
+DEEPSPEC_QWEN3, DEEPSPEC_GEMMA4, SPECFORGE, DFLASH = "Qwen3DSparkModel", "Gemma4DSparkModel", "DSparkDraftModel", "DFlashDraftModel"
+EAGLE3_LLAMA, EAGLE3_DEEPSPEC = "LlamaForCausalLMEagle3", "Qwen3Eagle3Model"
+EAGLE3_ARCHITECTURES = (EAGLE3_LLAMA, EAGLE3_DEEPSPEC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +74,31 @@ def read_module_config(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) 
     kind = raw.get("speculators_model_type")
     if kind is not None:
         if kind not in ("dspark", "dflash"):
-            raise ConfigError(f"drafter: {folder}: speculators_model_type {kind!r} is not supported; supported are dspark and dflash")
+            known = "dspark, dflash and eagle3"
+            raise ConfigError(f"drafter: {folder}: speculators_model_type {kind!r} is not supported; supported are {known}")
         return _speculators(folder, raw, has_qk_norm)
-    names = raw.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
+    name = architecture(raw)
     readers: dict[str, Callable[[Path, Mapping[str, Any], bool], ModuleConfig]] = {
         DEEPSPEC_QWEN3: _deepspec,
         DEEPSPEC_GEMMA4: _deepspec_gemma4,
         SPECFORGE: _specforge,
+        DFLASH: _dflash,
     }
     if name not in readers:
-        raise ConfigError(f"drafter: {folder}: architectures {names!r} is no DSpark drafter; supported are {', '.join(readers)}")
+        known = ", ".join((*readers, *EAGLE3_ARCHITECTURES))
+        raise ConfigError(f"drafter: {folder}: architectures {raw.get('architectures')!r} is no drafter; supported are {known}")
     return readers[name](folder, raw, has_qk_norm)
 
 
+def architecture(raw: Mapping[str, Any]) -> str | None:
+    """The first of the configuration's ``architectures``."""
+    names = raw.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
 def _deepspec(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    fields = Fields(folder, (raw, _section(folder, raw, "dflash_config")))
-    shape = _shape(fields)
+    fields = Fields(folder, (raw, section_of(folder, raw, "dflash_config")))
+    shape = shape_of(fields)
     masks = tuple(LayerMask(window) for window in _windows(fields))
     return ModuleConfig(
         **shape,
@@ -99,11 +112,11 @@ def _deepspec(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> Module
 
 
 def _deepspec_gemma4(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    fields = Fields(folder, (raw, _section(folder, raw, "dflash_config")))
+    fields = Fields(folder, (raw, section_of(folder, raw, "dflash_config")))
     shares = bool(fields.get("attention_k_eq_v", False))
     if fields.get("enable_moe_block", False) or fields.get("hidden_size_per_layer_input", 0):
         raise fields.refuse("enable_moe_block and hidden_size_per_layer_input are not supported in draft layers")
-    shape = _shape(fields) | {
+    shape = shape_of(fields) | {
         "head_dim": fields.integer("global_head_dim", 1),
         "num_kv_heads": fields.integer("num_global_key_value_heads" if shares else "num_key_value_heads", 1),
         "activation": fields.get("hidden_activation", "gelu_pytorch_tanh"),
@@ -122,7 +135,7 @@ def _deepspec_gemma4(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) ->
 
 
 def _specforge(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    fields = Fields(folder, (_section(folder, raw, "dflash_config"), _section(folder, raw, "dspark_config"), raw))
+    fields = Fields(folder, (section_of(folder, raw, "dflash_config"), section_of(folder, raw, "dspark_config"), raw))
     if (projector := fields.get("projector_type", "dspark")) != "dspark":
         raise fields.refuse(f"dflash_config.projector_type {projector!r} is not supported; supported is dspark")
     modes = set(fields.get("attention_modes", [])) | {fields.get("attention_mode", "gqa")}
@@ -131,7 +144,7 @@ def _specforge(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> Modul
     causal = fields.get("causal", fields.get("is_causal"))
     masks = tuple(LayerMask(window, causal=bool(window is not None if causal is None else causal)) for window in _windows(fields))
     from_anchor = bool(fields.get("shift_label", True))
-    shape = _shape(fields)
+    shape = shape_of(fields)
     return ModuleConfig(
         **shape,
         **_heads(fields, "vanilla", default_rank=0),
@@ -144,14 +157,35 @@ def _specforge(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> Modul
     )
 
 
+def _dflash(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
+    fields = Fields(folder, (section_of(folder, raw, "dflash_config"), raw))
+    if (projector := fields.get("projector_type", "dflash")) != "dflash":
+        raise fields.refuse(f"dflash_config.projector_type {projector!r} does not belong to a {DFLASH}")
+    causal = bool(fields.get("causal", fields.get("is_causal", False)))
+    shape = shape_of(fields)
+    return ModuleConfig(
+        **shape,
+        head_type=HeadType.NONE,
+        markov_rank=0,
+        has_confidence=False,
+        confidence_with_markov=False,
+        layer_masks=tuple(LayerMask(window, causal=causal) for window in _windows(fields)),
+        target_layer_ids=fields.integers("target_layer_ids"),
+        block_size=fields.integer("block_size", 2) - 1,
+        sample_from_anchor=False,
+        draft_vocab_size=shape["vocab_size"],
+        qk_norm=has_qk_norm,
+    )
+
+
 def _speculators(folder: Path, raw: Mapping[str, Any], has_qk_norm: bool) -> ModuleConfig:
-    layers = _section(folder, raw, "transformer_layer_config")
+    layers = section_of(folder, raw, "transformer_layer_config")
     fields, inner = Fields(folder, (raw,)), Fields(folder, (layers, raw))
     non_causal = bool(fields.get("sliding_window_non_causal", False))
     masks = tuple(LayerMask(w, from_anchor=True, causal=not non_causal) if w is not None else LayerMask() for w in _windows(inner))
     from_anchor = _samples_from_anchor(fields)
     has_heads = raw["speculators_model_type"] == "dspark"
-    shape = _shape(inner)
+    shape = shape_of(inner)
     return ModuleConfig(
         **shape,
         **_heads(fields, "vanilla", default_rank=256 if has_heads else 0, default_confidence=has_heads),
@@ -170,7 +204,7 @@ def _samples_from_anchor(fields: Fields) -> bool:
     said = fields.get("sample_from_anchor")
     if said is not None:
         return bool(said)
-    methods = _section(fields.folder, fields.places[0], "speculators_config").get("proposal_methods")
+    methods = section_of(fields.folder, fields.places[0], "speculators_config").get("proposal_methods")
     first = methods[0] if isinstance(methods, list) and methods else {}
     proposed, block = first.get("speculative_tokens") if isinstance(first, Mapping) else None, fields.integer("block_size", 1)
     if proposed not in (block, block - 1):
@@ -181,7 +215,7 @@ def _samples_from_anchor(fields: Fields) -> bool:
     return bool(proposed == block)
 
 
-def _section(folder: Path, raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def section_of(folder: Path, raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The nested configuration ``name``; empty if there is none, ConfigError if it is no object."""
     section = raw.get(name)
     if section is None:
@@ -191,8 +225,8 @@ def _section(folder: Path, raw: Mapping[str, Any], name: str) -> Mapping[str, An
     return section
 
 
-def _shape(fields: Fields) -> dict[str, Any]:
-    """The sizes that all dialects take from a transformers configuration."""
+def shape_of(fields: Fields, mask_token_id: int | None = None) -> dict[str, Any]:
+    """The sizes that all dialects take from a transformers configuration; ``mask_token_id`` is for those that have none."""
     hidden, heads = fields.integer("hidden_size", 1), fields.integer("num_attention_heads", 1)
     return {
         "hidden_size": hidden,
@@ -200,7 +234,7 @@ def _shape(fields: Fields) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", 1, default=heads),
         "head_dim": fields.integer("head_dim", 2, default=hidden // heads),
-        "mask_token_id": fields.integer("mask_token_id"),
+        "mask_token_id": fields.integer("mask_token_id", default=mask_token_id),
         "vocab_size": fields.integer("vocab_size", 1),
         "rms_norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
         "rope": _rope(fields),

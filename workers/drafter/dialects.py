@@ -1,9 +1,8 @@
-"""Load a drafter for a target and refuse one that was made for another; save ours so that other engines can load it."""
+"""Load a drafter for a target and refuse one that was made for another."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,41 +10,49 @@ from torch import Tensor
 from dspark.errors import ConfigError
 from dspark.workers.drafter import checkpoint
 from dspark.workers.drafter.calibration import read_signals, read_temperatures
-from dspark.workers.drafter.dialect_configs import DEEPSPEC_QWEN3, read_module_config
+from dspark.workers.drafter.dialect_configs import read_module_config
 from dspark.workers.drafter.draft_vocabulary import read_draft_vocabulary, restrict_vocabulary
-from dspark.workers.drafter.dspark_module import DSparkModule, FeatureProjection
-from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle, ModuleConfig
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.eagle3_configs import is_eagle3, read_eagle3_config
+from dspark.workers.drafter.eagle3_module import Eagle3Module
+from dspark.workers.drafter.grafted import FeatureProjection
+from dspark.workers.drafter.module_config import ModuleConfig
 from dspark.workers.drafter.target_head import TargetHead
 
-NUM_ANCHORS = 512  # a training setting that DeepSpec's own loader insists on
 HEAD_CONTAINER = "logit_head."  # early SpecForge checkpoints keep their heads below it
 SHARED = ("embed_tokens.weight", "lm_head.weight")
 IGNORED = ("verifier_lm_head.weight", "verifier_norm.weight", "t2d", "rotary_emb.inv_freq")
 
 
-def load_drafter(folder: Path, head: TargetHead, dtype: torch.dtype, device: torch.device) -> DSparkModule:
+def load_drafter(folder: Path, head: TargetHead, dtype: torch.dtype, device: torch.device) -> DSparkModule | Eagle3Module:
     """The drafter in ``folder``, ready to draft for the target whose ends are ``head``.
 
     ConfigError, naming the folder and both shapes, if it was made for another target; or naming the key or weight that is
     missing, unknown or not supported.
     """
     raw = checkpoint.read_config(folder)
-    tensors = {name.removeprefix(HEAD_CONTAINER): t for name, t in checkpoint.read_tensors(folder, dtype, device).items()}
+    is_eagle = is_eagle3(raw)
+    tensors = {_own_name(name, is_eagle): t for name, t in checkpoint.read_tensors(folder, dtype, device).items()}
     if any(name.startswith("mtp.") for name in tensors):
         raise ConfigError(f"drafter: {folder}: weights under mtp.* belong to a drafter bundled with its target, which is not supported")
-    config = read_module_config(folder, raw, has_qk_norm="layers.0.self_attn.q_norm.weight" in tensors)
+    has_qk_norm = any(name.endswith("self_attn.q_norm.weight") for name in tensors)
+    config = read_eagle3_config(folder, raw, has_qk_norm, head.num_layers) if is_eagle else read_module_config(folder, raw, has_qk_norm)
     _check_fits(folder, config, head, raw.get("num_target_layers"))
     shared = {name: tensors.pop(name) for name in SHARED if name in tensors}
     mapping = tensors.pop("d2t", None)
     _check_shared(folder, config, head, shared)
+    module: DSparkModule | Eagle3Module
     with torch.device("meta"):
-        module = DSparkModule(config, head)
+        module = Eagle3Module(config, head) if is_eagle else DSparkModule(config, head)
     _assign(folder, module, {name: t for name, t in tensors.items() if not _is_ignored(name, config)})
     if config.draft_vocab_size < config.vocab_size:
         module.use_draft_vocabulary(_target_ids(folder, config, mapping), shared.get("lm_head.weight"))
+    elif isinstance(module, Eagle3Module):
+        module.use_draft_vocabulary(None, shared.get("lm_head.weight"))
     elif device.type == "cpu" and (frequent := read_draft_vocabulary(folder, config.vocab_size)) is not None:
         restrict_vocabulary(module, frequent)
-    module.confidence_temperatures = read_temperatures(folder, config.block_size, device)
+    if isinstance(module, DSparkModule):
+        module.confidence_temperatures = read_temperatures(folder, config.block_size, device)
     module.signals = read_signals(folder, config.block_size, config.has_confidence)
     return module.requires_grad_(False).eval()
 
@@ -53,6 +60,8 @@ def load_drafter(folder: Path, head: TargetHead, dtype: torch.dtype, device: tor
 def load_projection(folder: Path, head: TargetHead, dtype: torch.dtype, device: torch.device) -> FeatureProjection:
     """The part of the drafter in ``folder`` that turns taps of its target into features; ConfigError as ``load_drafter``."""
     raw = checkpoint.read_config(folder)
+    if is_eagle3(raw):
+        raise ConfigError(f"drafter: {folder}: EAGLE-3 drafters are grafted onto their target only; draft workers drive DSpark and DFlash")
     names = {name.removeprefix(HEAD_CONTAINER) for name in checkpoint.tensor_names(folder)}
     config = read_module_config(folder, raw, has_qk_norm="layers.0.self_attn.q_norm.weight" in names)
     _check_fits(folder, config, head, raw.get("num_target_layers"))
@@ -62,56 +71,10 @@ def load_projection(folder: Path, head: TargetHead, dtype: torch.dtype, device: 
     return projection.requires_grad_(False).eval()
 
 
-def save_drafter(folder: Path, module: DSparkModule) -> None:
-    """Write ``module`` in DeepSpec's dialect, without the target's embedding and head; ConfigError for what it cannot express."""
-    config = module.config
-    windows = {mask.window for mask in config.layer_masks if mask.window is not None}
-    if (
-        config.style is not LayerStyle.QWEN3
-        or not config.sample_from_anchor
-        or config.draft_vocab_size != config.vocab_size
-        or len(windows) > 1
-        or any(mask != LayerMask(mask.window) for mask in config.layer_masks)
-    ):
-        raise ConfigError(f"drafter: {folder}: DeepSpec's dialect cannot express {config}")
-    checkpoint.write(folder, _deepspec_config(module, max(windows, default=None)), module.state_dict())
-
-
-def _deepspec_config(module: DSparkModule, window: int | None) -> dict[str, Any]:
-    config = module.config
-    taps = list(config.target_layer_ids)
-    return {
-        "architectures": [DEEPSPEC_QWEN3],
-        "model_type": "qwen3",
-        "dtype": str(module.fc.weight.dtype).removeprefix("torch."),
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": dict(config.rope),
-        "max_position_embeddings": config.max_positions,
-        "attention_bias": config.attention_bias,
-        "hidden_act": config.activation,
-        "layer_types": ["full_attention" if mask.window is None else "sliding_attention" for mask in config.layer_masks],
-        "sliding_window": window,
-        "use_sliding_window": window is not None,
-        "tie_word_embeddings": False,
-        "block_size": config.block_size,
-        "mask_token_id": config.mask_token_id,
-        "target_layer_ids": taps,
-        "num_target_layers": module.num_target_layers,
-        "num_anchors": NUM_ANCHORS,
-        "markov_rank": 0 if config.head_type is HeadType.NONE else config.markov_rank,
-        "markov_head_type": "vanilla" if config.head_type is HeadType.NONE else str(config.head_type),
-        "enable_confidence_head": config.has_confidence,
-        "confidence_head_with_markov": config.confidence_with_markov,
-        # vLLM sizes ``fc`` from this key.
-        "dflash_config": {"target_layer_ids": taps, "mask_token_id": config.mask_token_id},
-    }
+def _own_name(name: str, is_eagle: bool) -> str:
+    """Our name of a checkpoint's weight: EAGLE-3's layer is ``midlayer`` in EAGLE's dialect and ours, ``layers.0`` in the others."""
+    name = name.removeprefix(HEAD_CONTAINER)
+    return name.replace("layers.0.", "midlayer.", 1) if is_eagle and name.startswith("layers.0.") else name
 
 
 def _check_fits(folder: Path, config: ModuleConfig, head: TargetHead, num_target_layers: int | None) -> None:

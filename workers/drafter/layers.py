@@ -103,11 +103,12 @@ class DraftAttention(nn.Module):
     def __init__(self, config: ModuleConfig) -> None:
         super().__init__()
         d, bias = config.hidden_size, config.attention_bias
+        width = 2 * d if config.is_autoregressive else d  # EAGLE-3 reads a token and a feature
         is_gemma = config.style is LayerStyle.GEMMA4
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(d, config.num_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(d, config.num_kv_heads * config.head_dim, bias=bias)
-        self.v_proj = None if config.keys_are_values else nn.Linear(d, config.num_kv_heads * config.head_dim, bias=bias)
+        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = None if config.keys_are_values else nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, d, bias=bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None

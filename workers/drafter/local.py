@@ -1,4 +1,4 @@
-"""A DSpark module grafted onto its target: same process, same device, same block tables.
+"""A drafter module grafted onto its target: same process, same device, same block tables.
 
 The drafter keeps keys and values of the context under the target's block ids, so whatever the target's pool keeps (a
 shared prefix, a preempted request's cached blocks) the drafter keeps as well, and nothing has to be computed again.
@@ -7,9 +7,10 @@ shared prefix, a preempted request's cached blocks) the drafter keeps as well, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,16 +18,19 @@ from torch import Tensor
 from dspark.kernels.buckets import pad_rows
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
-from dspark.workers.drafter.block_draw import DrawRows, draw_block
+from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.grafted import GraftedModule
 from dspark.workers.drafter.paged_context import DraftPools, PagedContext, block_slots
 from dspark.workers.drafter.tree_draw import TreeRows, draw_trees
 
 CPU_HEAD_TOP_K = 512
+NARROW_WIDTH = 64  # for greedy requests and for trees, which look at many laws
+Module = TypeVar("Module", bound=GraftedModule)
 
 
 @dataclass(slots=True)
-class _State:
+class State:
     """One live request: its anchor sits at ``base_len - 1``. ``max_nodes`` over 0 asks for trees of at most ``max_draft`` levels."""
 
     base_len: int
@@ -37,25 +41,23 @@ class _State:
     max_nodes: int
 
 
-class LocalDrafter:
-    """Drafts with ``module`` for the requests of one verifier.
+class GraftedDrafter(ABC, Generic[Module]):
+    """Drafts with ``module`` for the requests of one verifier; what is kept of the context and how it drafts is a subclass's.
 
-    ``law_width`` ids support the law shipped under the ratio rule. ``head_top_k`` limits the sequential head to that many
-    base logits (0: all; None: 512 on CPU, all elsewhere). Features must come for every position whose KV
+    ``law_width`` ids support the law shipped under the ratio rule. Features must come for every position whose KV
     the target computes; positions that came with cached blocks are in the pools already.
     """
 
-    def __init__(self, module: DSparkModule, tables: BlockTables, law_width: int = 64, head_top_k: int | None = None) -> None:
+    def __init__(self, module: Module, tables: BlockTables, law_width: int) -> None:
         self.module = module
         self.block_size = module.config.block_size
         self.taps = module.config.target_layer_ids
         self.signals = module.signals
         self._tables = tables
         self._law_width = law_width
-        self._device = module.fc.weight.device
-        self._head_top_k = _resolve_top_k(head_top_k, self._device)
-        self._states: dict[str, _State] = {}
-        self.pools = DraftPools(module.config, tables.num_blocks, tables.block_size, module.fc.weight.dtype, self._device)
+        self._device, self._dtype = module.fc.weight.device, module.fc.weight.dtype
+        self._states: dict[str, State] = {}
+        self.pools = DraftPools(module.config, tables.num_blocks, tables.block_size, self._dtype, self._device)
 
     @torch.no_grad()
     def project(self, taps: Any) -> Tensor:
@@ -68,14 +70,12 @@ class LocalDrafter:
         for turn in turns:
             self._advance(turn)
         fed = [(turn, count) for turn in turns if (count := num_usable(turn)) > 0]
-        if not fed:
-            return
-        features = pad_rows(torch.cat([turn.features[:count] for turn, count in fed]).to(self._device, self.module.fc.weight.dtype))
-        slots = torch.cat([block_slots(self._tables, turn.request_id, turn.feature_start, count) for turn, count in fed]).to(self._device)
-        positions = torch.zeros(len(features), dtype=torch.int64)
-        positions[: len(slots)] = torch.cat([torch.arange(turn.feature_start, turn.feature_start + count) for turn, count in fed])
-        for layer, (k, v) in enumerate(self.module.context_kv(features, positions.to(self._device))):
-            self.pools.write(layer, slots, k[: len(slots)], v[: len(slots)])
+        if fed:
+            self._store(fed)
+
+    @abstractmethod
+    def _store(self, fed: Sequence[tuple[DraftTurn, int]]) -> None:
+        """Keep the context of each turn's first so many features."""
 
     @torch.no_grad()
     def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
@@ -85,18 +85,11 @@ class LocalDrafter:
         if not chosen:
             return {}
         states = [self._states[request_id] for request_id in chosen]
-        hidden = self._hidden(chosen, states)
-        trees: dict[str, DraftTree] = {}
-        for draft, rows in (
-            (self._chains, [i for i, state in enumerate(states) if not state.max_nodes]),
-            (self._trees, [i for i, state in enumerate(states) if state.max_nodes]),
-        ):
-            if rows:
-                part = hidden if len(rows) == len(chosen) else hidden[torch.tensor(rows, device=self._device)]
-                limits = [counts[chosen[i]] for i in rows]
-                drafts = draft([chosen[i] for i in rows], [states[i] for i in rows], limits, part)
-                trees |= {tree.request_id: tree for tree in drafts}
-        return trees
+        return {tree.request_id: tree for tree in self._draft(chosen, states, [counts[request_id] for request_id in chosen])}
+
+    @abstractmethod
+    def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:
+        """Draft at most ``counts`` nodes for every request."""
 
     def close(self, request_ids: Sequence[str]) -> None:
         """Forget requests that ended; their blocks belong to the target's pool."""
@@ -116,7 +109,7 @@ class LocalDrafter:
             self._states.pop(turn.request_id, None)
             return
         anchor = turn.tokens[-1] if turn.tokens or state is None else state.anchor
-        self._states[turn.request_id] = _State(turn.base_len, anchor, turn.sampling, turn.noise_seed, turn.max_draft, turn.max_nodes)
+        self._states[turn.request_id] = State(turn.base_len, anchor, turn.sampling, turn.noise_seed, turn.max_draft, turn.max_nodes)
 
     def _num_wanted(self, request_id: str, limit: int) -> int:
         state = self._states.get(request_id)
@@ -124,17 +117,8 @@ class LocalDrafter:
             return 0
         return min(limit, state.max_nodes or min(state.max_draft, self.block_size))
 
-    def _hidden(self, request_ids: Sequence[str], states: Sequence[_State]) -> Tensor:
-        """h_1 .. h_γ [R, γ, d] of every request's block."""
-        lengths = [state.base_len - 1 for state in states]
-        context = PagedContext(self.pools, [self._tables.table(request_id) for request_id in request_ids], lengths)
-        return self.module.block_hidden(self._anchors(states), self._tensor(lengths), context)
-
-    def _chains(self, request_ids: Sequence[str], states: Sequence[_State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
-        """Draft ``counts`` tokens in a row."""
-        draft = draw_block(
-            self.module, hidden[:, : max(counts)], self._anchors(states), self._draw_rows(states), self._law_width, self._head_top_k
-        )
+    def _as_chains(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int], draft: BlockDraft) -> list[DraftTree]:
+        """The first ``counts`` tokens of every row of a draft."""
         tokens, confidence, margin = draft.tokens.tolist(), draft.confidence.tolist(), draft.margin.tolist()
         chains = []
         for row, (request_id, state, count) in enumerate(zip(request_ids, states, counts, strict=True)):
@@ -144,11 +128,75 @@ class LocalDrafter:
             )
         return chains
 
-    def _trees(self, request_ids: Sequence[str], states: Sequence[_State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
+    def _width(self, states: Sequence[State]) -> int:
+        """Ids that support each law; greedy requests need no more than their first ones."""
+        return min(self._law_width, NARROW_WIDTH) if all(state.sampling.is_greedy for state in states) else self._law_width
+
+    def _draw_rows(self, states: Sequence[State]) -> DrawRows:
+        return DrawRows(
+            temperature=torch.tensor([state.sampling.temperature for state in states], dtype=torch.float32, device=self._device),
+            seeds=self._tensor([state.noise_seed for state in states]),
+            base_lens=self._tensor([state.base_len for state in states]),
+            coupled=torch.tensor([state.sampling.rule is AcceptanceRule.COUPLED for state in states], device=self._device),
+        )
+
+    def _anchors(self, states: Sequence[State]) -> Tensor:
+        return self._tensor([state.anchor for state in states])
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+class LocalDrafter(GraftedDrafter[DSparkModule]):
+    """Drafts blocks: DSpark and DFlash.
+
+    ``head_top_k`` limits the sequential head to that many base logits (0: all; None: 512 on CPU, all elsewhere).
+    """
+
+    def __init__(self, module: DSparkModule, tables: BlockTables, law_width: int = 64, head_top_k: int | None = None) -> None:
+        super().__init__(module, tables, law_width)
+        self._head_top_k = _resolve_top_k(head_top_k, self._device)
+
+    def _store(self, fed: Sequence[tuple[DraftTurn, int]]) -> None:
+        features = pad_rows(torch.cat([turn.features[:count] for turn, count in fed]).to(self._device, self._dtype))
+        slots = torch.cat([block_slots(self._tables, turn.request_id, turn.feature_start, count) for turn, count in fed]).to(self._device)
+        positions = torch.zeros(len(features), dtype=torch.int64)
+        positions[: len(slots)] = torch.cat([torch.arange(turn.feature_start, turn.feature_start + count) for turn, count in fed])
+        for layer, (k, v) in enumerate(self.module.context_kv(features, positions.to(self._device))):
+            self.pools.write(layer, slots, k[: len(slots)], v[: len(slots)])
+
+    def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:
+        """Chains and trees from one pass of the blocks."""
+        hidden = self._hidden(request_ids, states)
+        trees: list[DraftTree] = []
+        for draft, rows in (
+            (self._chains, [i for i, state in enumerate(states) if not state.max_nodes]),
+            (self._trees, [i for i, state in enumerate(states) if state.max_nodes]),
+        ):
+            if rows:
+                part = hidden if len(rows) == len(request_ids) else hidden[torch.tensor(rows, device=self._device)]
+                limits = [counts[i] for i in rows]
+                trees += draft([request_ids[i] for i in rows], [states[i] for i in rows], limits, part)
+        return trees
+
+    def _hidden(self, request_ids: Sequence[str], states: Sequence[State]) -> Tensor:
+        """h_1 .. h_γ [R, γ, d] of every request's block."""
+        lengths = [state.base_len - 1 for state in states]
+        context = PagedContext(self.pools, [self._tables.table(request_id) for request_id in request_ids], lengths)
+        return self.module.block_hidden(self._anchors(states), self._tensor(lengths), context)
+
+    def _chains(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
+        """Draft ``counts`` tokens in a row."""
+        draft = draw_block(
+            self.module, hidden[:, : max(counts)], self._anchors(states), self._draw_rows(states), self._width(states), self._head_top_k
+        )
+        return self._as_chains(request_ids, states, counts, draft)
+
+    def _trees(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
         """Draft trees of at most ``counts`` nodes."""
         levels = [min(state.max_draft, self.block_size) for state in states]
         rows = TreeRows(self._draw_rows(states), counts, levels)
-        drafts = draw_trees(self.module, hidden, self._anchors(states), rows, self._law_width, self._head_top_k)
+        drafts = draw_trees(self.module, hidden, self._anchors(states), rows, min(self._law_width, NARROW_WIDTH), self._head_top_k)
         return [
             DraftTree(
                 request_id=request_id,
@@ -161,20 +209,6 @@ class LocalDrafter:
             )
             for request_id, state, draft in zip(request_ids, states, drafts, strict=True)
         ]
-
-    def _draw_rows(self, states: Sequence[_State]) -> DrawRows:
-        return DrawRows(
-            temperature=torch.tensor([state.sampling.temperature for state in states], dtype=torch.float32, device=self._device),
-            seeds=self._tensor([state.noise_seed for state in states]),
-            base_lens=self._tensor([state.base_len for state in states]),
-            coupled=torch.tensor([state.sampling.rule is AcceptanceRule.COUPLED for state in states], device=self._device),
-        )
-
-    def _anchors(self, states: Sequence[_State]) -> Tensor:
-        return self._tensor([state.anchor for state in states])
-
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 def num_usable(turn: DraftTurn) -> int:

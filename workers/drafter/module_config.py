@@ -46,6 +46,8 @@ class ModuleConfig:
     predicts its own position (DFlash). ``target_layer_ids`` are taps: id L is the output of layer L, -1 the embeddings.
     ``draft_vocab_size`` is less than ``vocab_size`` when the drafter predicts a part of the vocabulary only.
     ``rope`` is a transformers 5 ``rope_parameters`` dict of one layer type.
+    ``is_autoregressive``: EAGLE-3, one layer run γ times, its features fed back; no mask token takes part, and layer masks are
+    causal. ``norm_before_residual``: its residual is the normed feature.
     """
 
     hidden_size: int
@@ -72,6 +74,8 @@ class ModuleConfig:
     activation: str = "silu"
     style: LayerStyle = LayerStyle.QWEN3
     keys_are_values: bool = False
+    is_autoregressive: bool = False
+    norm_before_residual: bool = False
 
     @property
     def num_layers(self) -> int:

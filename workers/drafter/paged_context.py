@@ -81,7 +81,7 @@ class PagedContext:
     def __init__(self, pools: DraftPools, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         self._pools = pools
         self._fold = pools.config.num_heads // pools.config.num_kv_heads
-        parts = _split(lengths, pools.block_size)
+        parts = split_rows(lengths, pools.block_size)
         self._groups = [self._make_group(part, tables, lengths, len(parts) == 1) for part in parts]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class PagedContext:
         return _Group(rows, blocks.to(device), masks)
 
 
-def _split(lengths: Sequence[int], block_size: int) -> list[list[int]]:
+def split_rows(lengths: Sequence[int], block_size: int) -> list[list[int]]:
     """Rows in parts whose longest context is at most about twice the shortest; one part keeps the rows' order."""
     parts: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda r: lengths[r]):

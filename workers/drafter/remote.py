@@ -18,8 +18,8 @@ from dspark.drafting import DraftBatch, Held
 from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn
 from dspark.workers.drafter.calibration import default_signals
 from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, preferred
-from dspark.workers.drafter.dspark_module import FeatureProjection
 from dspark.workers.drafter.feature_store import FeatureStore
+from dspark.workers.drafter.grafted import FeatureProjection
 from dspark.workers.drafter.local import num_usable
 
 MAX_BATCH_BYTES: Final = 4 * 2**20  # features of one batch; what a worker lacks beyond that goes with the next ones

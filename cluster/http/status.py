@@ -135,7 +135,7 @@ def _classes(service: Service, families: Sequence[Family]) -> list[dict[str, Any
     return shown
 
 
-def _kept(counts: Mapping[tuple[str, ...], float], *name: str) -> dict[str, Any]:
+def _kept(counts: Mapping[Any, float], *name: str) -> dict[str, Any]:
     met, missed = counts.get((*name, "true"), 0.0), counts.get((*name, "false"), 0.0)
     return {"met": int(met), "missed": int(missed), "share": round(met / (met + missed), 4) if met + missed else None}
 

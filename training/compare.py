@@ -8,6 +8,7 @@ from typing import Any
 
 from dspark.training.config import DrafterConfig, TrainConfig
 from dspark.training.evaluate import measure
+from dspark.training.shards import has_samples
 from dspark.training.synthesize import synthesize
 from dspark.training.trainer import train
 
@@ -19,9 +20,11 @@ NOT_FOR = {"dspark": (), "dflash": ("head", "confidence", "style"), "eagle3": ("
 def compare(config: TrainConfig, progress: Progress, drafters: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Make the data if they are not there, train every kind, and measure all, n-gram and ``drafters`` beside them.
 
-    Whatever was done before is not done again. Writes ``comparison.json`` and reports a table.
+    Whatever was done before is not done again. Writes ``comparison.json`` and ``comparison.md``, and reports the table.
     """
-    synthesize(config, progress)
+    seconds = config.compare.synthesize_seconds
+    if seconds is None or not has_samples(config.data):
+        synthesize(config, progress, seconds)
     runs = [run_of(config, kind) for kind in config.compare.kinds]
     for kind, run in zip(config.compare.kinds, runs, strict=True):
         if not (run.drafter_folder / "config.json").is_file():

@@ -155,6 +155,7 @@ class EvaluateConfig(Section):
     temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1, description="one table each")
     drafters: tuple[str, ...] = Field(default=(), description="compared beside ours: ngram, or folders")
     max_num_seqs: int = Field(default=64, ge=1, description="requests at once")
+    draft_law_width: int | None = Field(default=None, ge=1, description="support of the draft laws; None: as served by default")
 
 
 class CompareConfig(Section):
@@ -162,6 +163,9 @@ class CompareConfig(Section):
 
     kinds: tuple[Literal["dspark", "dflash", "eagle3"], ...] = Field(
         default=("dspark", "dflash", "eagle3"), min_length=1, description="of drafters"
+    )
+    synthesize_seconds: float | None = Field(
+        default=None, gt=0, description="of making data, if there are none; None: until all of synthesize.num_prompts are answered"
     )
     train_seconds: float | None = Field(default=None, gt=0, description="of training each; None: the trainer's own schedule")
 

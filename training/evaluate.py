@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,26 @@ from dspark.errors import ConfigError
 from dspark.prompting import render_chat
 from dspark.sampling import SamplingParams
 from dspark.training.config import EvaluateConfig, TrainConfig
-from dspark.training.files import write_json
+from dspark.training.files import write_json, write_text
 from dspark.training.prompts import BUILT_IN, read_prompts
 from dspark.training.served import Record, drafting_engine, run_requests
-from dspark.training.target import load_target
+from dspark.training.target import fingerprint, load_target
 from dspark.types import Request
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.targets import Target
 
 Progress = Callable[[str], None]
 RESULTS = "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One number of the table. ``identity`` names everything that it hangs on."""
+
+    drafter: str
+    set_name: str
+    heat: float
+    identity: str
 
 
 def evaluate(config: TrainConfig, progress: Progress, drafters: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -36,20 +49,65 @@ def evaluate(config: TrainConfig, progress: Progress, drafters: Sequence[str] = 
 
 
 def measure(config: TrainConfig, names: Sequence[str], path: Path, progress: Progress) -> list[dict[str, Any]]:
-    """Every drafter on every set at every temperature; the results are written to ``path`` as they come, and a table is reported."""
+    """Every drafter on every set at every temperature.
+
+    The results are written to ``path`` as they come, and the table beside it in Markdown. What is there already, of the same
+    drafter, target, prompts and settings, is not measured again.
+    """
     settings = config.evaluate
     target, tokenizer = load_target(config)
     prompts = _prompt_sets(settings, tokenizer)
-    results = []
-    for name in names:
-        engine = drafting_engine(target, tokenizer, name, settings.max_num_seqs)
+    cells = list(_cells(names, prompts, settings, fingerprint(target)))
+    found = _measured_before(path, cells)
+    for name in dict.fromkeys(names):
+        engine: Engine | None = None
         for heat in settings.temperatures:
-            for set_name, ids in prompts.items():
-                results.append(_measure(engine, name, set_name, _requests(ids, heat, settings, target)) | {"temperature": heat})
-                write_json(path, results)
-                progress(_line(results[-1]))
+            missing = [cell for cell in cells if (cell.drafter, cell.heat) == (name, heat) and cell.identity not in found]
+            if not missing:
+                progress(f"{_label(name)} T={heat:g} was measured before")
+                continue
+            engine = engine or drafting_engine(target, tokenizer, name, settings.max_num_seqs, settings.draft_law_width)
+            for row in _measure(engine, missing, prompts, settings, target):
+                found[row["identity"]] = row
+                progress(_line(row))
+            results = [found[cell.identity] for cell in cells if cell.identity in found]
+            write_json(path, results)
+            write_text(path.with_suffix(".md"), table(results) + "\n")
+    results = [found[cell.identity] for cell in cells]
     progress(table(results))
     return results
+
+
+def _cells(names: Sequence[str], prompts: dict[str, list[list[int]]], settings: EvaluateConfig, target: str) -> Iterator[_Cell]:
+    for name in dict.fromkeys(names):
+        drafter = _drafter_digest(Path(name))
+        for heat in settings.temperatures:
+            for set_name, ids in prompts.items():
+                facts = [target, name, drafter, heat, set_name, ids, settings.max_tokens, settings.draft_law_width]
+                yield _Cell(name, set_name, heat, hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest())
+
+
+def _drafter_digest(folder: Path) -> str:
+    """Of a drafter's configuration and weights; empty for what is no folder."""
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("draft_vocabulary.json")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 22):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _measured_before(path: Path, cells: Sequence[_Cell]) -> dict[str, dict[str, Any]]:
+    """The rows of ``path`` that are wanted, by identity."""
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; delete it and measure again") from error
+    wanted = {cell.identity for cell in cells}
+    return {row["identity"]: row for row in rows if row.get("identity") in wanted}
 
 
 def acceptance(records: Sequence[Record], block_size: int) -> tuple[float, list[float]]:
@@ -91,36 +149,37 @@ def _render(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [render_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 
-def _requests(prompts: Sequence[Sequence[int]], heat: float, settings: EvaluateConfig, target: Target) -> list[Request]:
+def _requests(cell: _Cell, prompts: Sequence[Sequence[int]], settings: EvaluateConfig, target: Target) -> list[Request]:
     requests = []
     for number, prompt in enumerate(prompts):
         limit = min(settings.max_tokens, target.max_position - len(prompt) - 1)
-        sampling = SamplingParams(temperature=heat, max_tokens=limit)
-        requests.append(Request(f"evaluate-{number}", tuple(prompt), sampling, noise_seed=number))
+        sampling = SamplingParams(temperature=cell.heat, max_tokens=limit)
+        requests.append(Request(f"{cell.set_name}-{number}", tuple(prompt), sampling, noise_seed=number))
     return requests
 
 
-def _measure(engine: Engine, drafter: str, set_name: str, requests: Sequence[Request]) -> dict[str, Any]:
+def _measure(
+    engine: Engine, cells: Sequence[_Cell], prompts: dict[str, list[list[int]]], settings: EvaluateConfig, target: Target
+) -> list[dict[str, Any]]:
+    """All sets of ``cells`` in one crowd of requests, so that the stragglers of one are not waited for alone."""
+    groups = [_requests(cell, prompts[cell.set_name], settings, target) for cell in cells]
     begin = time.monotonic()
-    with tqdm(total=len(requests), unit=" answers", desc=set_name, leave=False) as bar:
-        records = run_requests(engine, requests, lambda: bar.update(1))
+    with tqdm(total=sum(map(len, groups)), unit=" answers", desc=f"T={cells[0].heat:g}", leave=False) as bar:
+        records = iter(run_requests(engine, [request for group in groups for request in group], lambda: bar.update(1)))
     seconds = time.monotonic() - begin
-    length, rates = acceptance(records, engine.drafter.block_size)
-    num_tokens = sum(len(record.tokens) for record in records)
-    return {
-        "drafter": drafter,
-        "set": set_name,
-        "num_prompts": len(requests),
-        "num_tokens": num_tokens,
-        "acceptance_length": length,
-        "acceptance": rates,
-        "seconds": seconds,
-    }
+    rows = []
+    for cell, group in zip(cells, groups, strict=True):
+        own = [next(records) for _ in group]
+        length, rates = acceptance(own, engine.drafter.block_size)
+        row = {"drafter": cell.drafter, "temperature": cell.heat, "set": cell.set_name, "num_prompts": len(group)}
+        row |= {"num_tokens": sum(len(record.tokens) for record in own), "acceptance_length": length, "acceptance": rates}
+        rows.append(row | {"seconds_of_all_sets": seconds, "identity": cell.identity})
+    return rows
 
 
 def _line(row: dict[str, Any]) -> str:
     rates = " ".join(f"{value:.2f}" for value in row["acceptance"])
     return (
         f"{_label(row['drafter'])} T={row['temperature']:g} {row['set']}: {row['acceptance_length']:.3f} tokens a round"
-        f" ({rates}), {row['num_tokens']} tokens in {row['seconds']:.0f} s"
+        f" ({rates}), {row['num_tokens']} tokens, all sets in {row['seconds_of_all_sets']:.0f} s"
     )

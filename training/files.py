@@ -27,7 +27,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write a JSON document, whole or not at all."""
-    write_whole(path, lambda making: _write_text(making, json.dumps(value, indent=indent) + "\n"))
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    write_whole(path, lambda making: _put_text(making, text))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,5 +55,5 @@ def append_line(path: Path, value: Any) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _write_text(path: Path, text: str) -> None:
+def _put_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")

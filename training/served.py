@@ -61,8 +61,8 @@ class RecordingDrafter:
         self.inner.close(request_ids)
 
 
-def drafting_engine(target: Target, tokenizer: Any, drafter: str, max_num_seqs: int) -> Engine:
-    """An engine that verifies every draft of ``drafter`` whole, and records its rounds."""
+def drafting_engine(target: Target, tokenizer: Any, drafter: str, max_num_seqs: int, law_width: int | None = None) -> Engine:
+    """An engine that verifies every draft of ``drafter`` whole, and records its rounds; ``law_width`` None: the engine's default."""
     config = EngineConfig(
         drafter=drafter,
         speculation=f"static:{MAX_DRAFT}",
@@ -71,6 +71,8 @@ def drafting_engine(target: Target, tokenizer: Any, drafter: str, max_num_seqs: 
         max_batch_tokens=65536,
         max_queued=65536,
     )
+    if law_width is not None:
+        config = config.model_copy(update={"draft_law_width": law_width})
     engine = assemble(target, tokenizer, config).engine
     engine.drafter = RecordingDrafter(engine.drafter)
     return engine

@@ -104,6 +104,11 @@ def read_corpus(folder: Path) -> Corpus:
     )
 
 
+def has_samples(folder: Path) -> bool:
+    """Whether a folder has a whole shard."""
+    return any(folder.glob("shard-*.safetensors"))
+
+
 def check_manifest(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse to mix samples of another target or other settings; ConfigError names what differs."""
     path = folder / MANIFEST

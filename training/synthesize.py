@@ -48,7 +48,7 @@ class Wave:
 def synthesize(config: TrainConfig, progress: Progress, max_seconds: float | None = None) -> bool:
     """Fill ``config.data``; True when all shards are there, False when ``max_seconds`` ended it before, with what is there whole.
 
-    ConfigError names what is wrong with the input.
+    A wave is not interrupted, and every call makes one at least. ConfigError names what is wrong with the input.
     """
     begin = time.monotonic()
     settings = config.synthesize
@@ -63,14 +63,16 @@ def synthesize(config: TrainConfig, progress: Progress, max_seconds: float | Non
     if done:
         maker.seen.update(read_corpus(config.data).digests.tolist())
         progress(f"{len(done)} of {len(waves)} shards are there already")
+    has_made = False
     with tqdm(total=sum(wave.num_prompts for wave in waves), initial=sum(w.num_prompts for w in done), unit=" prompts") as bar:
         for wave in waves:
             if wave in done:
                 continue
-            if max_seconds is not None and time.monotonic() - begin > max_seconds:
+            if has_made and max_seconds is not None and time.monotonic() - begin > max_seconds:
                 progress(f"stopped after {max_seconds:.0f} s; run again to go on")
                 break
             write_shard(config.data, wave.index, maker.make(wave), target.vocab_size)
+            has_made = True
             bar.update(wave.num_prompts)
     _count(config, progress, time.monotonic() - begin)
     return all(shard_path(config.data, wave.index).exists() for wave in waves)

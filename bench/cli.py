@@ -1,4 +1,4 @@
-"""``dspark bench offline | online | mixed | planner | router | survival | report``: flags in, tables and JSON lines out."""
+"""``dspark bench offline | online | mixed | planner | router | survival | inflate | report``: flags in, tables and JSON lines out."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from dspark.bench.server_process import free_port, running, serve_command
 from dspark.bench.survival_replay import FULL, ReplayPlan, run_replay
 from dspark.bench.sweep import Held, make_levels
 from dspark.bench.synthetic import SyntheticAcceptance
+from dspark.bench.widen import Shape
 from dspark.errors import ConfigError
 
 SERVER_START_S = 300.0
@@ -187,6 +188,25 @@ def _router(args: argparse.Namespace) -> int:
     return 0
 
 
+def _inflate(args: argparse.Namespace) -> int:
+    from dspark.bench.inflate import InflatePlan, inflate
+    from dspark.bench.inflate_drafter import drafter_shape, inflate_drafter
+    from dspark.deploy.default_model import default_drafter
+
+    drafter = args.drafter or (default_drafter() if args.model is None else None)
+    if drafter is None and args.drafter_out is not None:
+        raise ConfigError("--drafter-out needs --drafter: only the embedded model has a drafter of its own")
+    if args.drafter_out is None and (args.drafter is not None or args.small_drafter):
+        raise ConfigError("--drafter and --small-drafter need --drafter-out, where the drafter goes")
+    shape = Shape(args.hidden, args.intermediate, args.heads, args.kv_heads, args.head_dim)
+    source = args.model or Path(_embedded_model())
+    layout = inflate(InflatePlan(source, args.out, shape, args.layers, args.dtype), print)
+    if drafter is not None and args.drafter_out is not None:
+        own = drafter_shape(drafter, shape) if args.small_drafter else shape
+        inflate_drafter(drafter, args.drafter_out, layout, args.layers, own, args.dtype, print)
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     records = offline(read_lines(args.files))
     if not records:
@@ -205,6 +225,7 @@ _RUN: Mapping[str, Command] = {
     "planner": _planner,
     "router": _router,
     "survival": _survival,
+    "inflate": _inflate,
     "report": _report,
 }
 

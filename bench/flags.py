@@ -50,6 +50,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
         ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
         ("router", _add_router, "routing decisions a second, over made-up replicas"),
+        ("inflate", _add_inflate, "write a large model that computes what a small one does, to measure large models on real text"),
         ("report", _add_report, "ratios between the modes in result files, and their curves"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -201,6 +202,18 @@ def _add_router(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="medians are reported (default 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the made-up replicas and requests (default 0)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a case")
+
+
+def _add_inflate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a Llama-class model (default: the embedded model)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the large model goes; must be empty")
+    sizes = (("hidden", 4096), ("intermediate", 14336), ("layers", 36), ("heads", 32), ("kv-heads", 8), ("head-dim", 128))
+    for name, default in sizes:
+        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"default {default}")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="the source's drafter (default: the embedded one)")
+    parser.add_argument("--drafter-out", type=Path, metavar="FOLDER", help="write it for the large model, its layers of that shape")
+    parser.add_argument("--small-drafter", action="store_true", help="let its layers keep their heads and MLP (cheaper)")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

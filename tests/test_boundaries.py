@@ -78,7 +78,12 @@ ROOMS = {
         MODEL_LIBRARIES | names("pydantic"),
         lazy_libraries=names("matplotlib yaml ray"),
     ),
-    "bench": Room(names("nouns face router"), names("numpy"), names("deploy verifier"), names("httpx torch transformers matplotlib")),
+    "bench": Room(
+        names("nouns face router"),
+        names("numpy"),
+        names("deploy verifier drafter"),
+        names("httpx torch transformers safetensors matplotlib vllm"),
+    ),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),
 }
 OUR_FOLDERS = {"workers/blocks": "blocks", "workers/verifier": "verifier", "workers/drafter": "drafter", "workers/wire": "wire"} | {

@@ -32,6 +32,9 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="requests that run at once")
     max_queued: int = Field(default=256, ge=0, description="requests that wait; more are refused as overload")
     max_batch_tokens: int = Field(default=512, ge=16, le=65536, description="tokens of one step, drafted ones included")
+    graph_tokens: int = Field(
+        default=512, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
+    )
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
     draft_law_width: int = Field(default=512, ge=1, description="support of the draft law under the ratio rule")
     survival: Literal["auto", "head", "margin", "constant"] = Field(

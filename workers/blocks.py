@@ -37,7 +37,7 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # free but registered, oldest first
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self._tables: dict[str, list[int]] = {}
+        self._tables: dict[str, array[int]] = {}  # of 32-bit integers, so that they are copied to a device as they are
 
     @property
     def num_free(self) -> int:
@@ -50,7 +50,7 @@ class BlockPool:
         return len(self._block_of)
 
     def table(self, request_id: str) -> Sequence[int]:
-        """Physical block ids of an open request, in order."""
+        """Physical block ids of an open request, in order: an ``array`` of 32-bit integers."""
         return self._tables[request_id]
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -75,7 +75,7 @@ class BlockPool:
             if self._refs[block] == 0:
                 del self._idle[block]
             self._refs[block] += 1
-        self._tables[request_id] = blocks
+        self._tables[request_id] = array("i", blocks)
         return hits
 
     def grow(self, request_id: str, num_tokens: int) -> bool:

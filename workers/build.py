@@ -32,6 +32,7 @@ from dspark.workers.verifier.cost_cache import save as save_costs
 from dspark.workers.verifier.costs import CostTable
 from dspark.workers.verifier.engine import Engine, EngineOptions
 from dspark.workers.verifier.fused import fuse
+from dspark.workers.verifier.graphs import CudaGraphs
 from dspark.workers.verifier.memory import free_bytes, kv_capacity
 from dspark.workers.verifier.parallel.leader import Launcher, Ranks
 from dspark.workers.verifier.parallel.loading import check_splits, loads_at_once
@@ -39,6 +40,7 @@ from dspark.workers.verifier.parallel.processes import ProcessLauncher
 from dspark.workers.verifier.parallel.spec import RankSpec
 from dspark.workers.verifier.profile import describe as describe_costs
 from dspark.workers.verifier.profile import measure_costs, still_holds
+from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.scheduler import Limits
 from dspark.workers.verifier.survival import make_estimator
 from dspark.workers.verifier.targets import Target, as_target, check_faithful, check_model_folder, load_model, load_tokenizer, own_logits
@@ -129,7 +131,9 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
         auto_trees=isinstance(drafter, LocalDrafter),
         overlapped=driver == "overlapped",
     )
+    options = dataclasses.replace(options, graphs=_graphs(config, target, options, drafter))
     engine = Engine(target, pool, drafter, options, tokenizer)
+    engine.runner.prepare(progress)
     _check_drafter(engine, tokenizer, drafter_name, progress)
     survival = _survival(config, drafter, drafter_name)
     engine.drafts.survival = make_estimator(survival, drafter.block_size, drafter.signals)
@@ -151,6 +155,20 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
         }
     )
     return Loaded(engine, tokenizer, Path(target.name).name, effective, _describe(engine, effective))
+
+
+def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter) -> GraphOptions | None:
+    """Whether steps run from CUDA graphs; ranks do not, each of them launches its own kernels."""
+    if target.device.type != "cuda" or target.ranks is not None or not config.graph_tokens:
+        return None
+    return GraphOptions(
+        capture=CudaGraphs(),
+        max_tokens=min(config.graph_tokens, options.limits.max_batch_tokens),
+        max_rows=options.limits.max_num_seqs,
+        max_model_len=options.max_model_len,
+        longest=1 + drafter.block_size,
+        with_trees=drafter.block_size > 0,
+    )
 
 
 def measure_profile(config: EngineConfig, progress: Progress = lambda _: None) -> dict[str, Any]:

@@ -46,19 +46,21 @@ def tiny_target(name: str = "llama", seed: int = 0) -> Target:
 
 
 def make_engine(target: Target, drafter: Drafter | None = None, pool: BlockPool | None = None, **options: Any) -> Engine:
-    """An engine over a tiny target; options: num_blocks, speculation, costs, tokenizer, overlapped, clock, and those of Limits."""
+    """An engine over a tiny target; options: num_blocks, speculation, costs, tokenizer, overlapped, graphs, clock, and those of Limits."""
     num_blocks = options.pop("num_blocks", 128)
     speculation = Speculation.parse(options.pop("speculation", "adaptive"))
     costs = options.pop("costs", None)
     tokenizer = options.pop("tokenizer", None)
     max_queued = options.pop("max_queued", 256)
     overlapped = options.pop("overlapped", False)
+    graphs = options.pop("graphs", None)
     clock = options.pop("clock", time.perf_counter)
     pool = pool or BlockPool(num_blocks)
     limits = Limits(**({"max_num_seqs": 32, "max_batch_tokens": 64} | options))
     length = min(target.max_position, pool.num_blocks * pool.block_size)
-    settings = EngineOptions(length, limits, max_queued, speculation, overlapped=overlapped)
+    settings = EngineOptions(length, limits, max_queued, speculation, overlapped=overlapped, graphs=graphs)
     engine = Engine(target, pool, drafter or NoDrafter(), settings, tokenizer, clock)
+    engine.runner.prepare()
     if costs is not None:
         engine.set_costs(costs)
     return engine
@@ -88,7 +90,7 @@ def greedy(name: str, prompt: Sequence[int], max_tokens: int = 24, **params: Any
 def teacher_forced_logits(target: Target, prompt: tuple[int, ...], outputs: list[list[int]]) -> Tensor:
     """Logits [texts, tokens, V] before every output token, from transformers' own attention."""
     target.model.set_attn_implementation("eager")
-    ids = torch.tensor([[*prompt, *output] for output in outputs])
+    ids = torch.tensor([[*prompt, *output] for output in outputs], device=target.device)
     with torch.inference_mode():
         logits = target.model(ids, use_cache=False).logits[:, len(prompt) - 1 : -1]
     target.model.set_attn_implementation("dspark_paged")

@@ -7,7 +7,7 @@ travels that way, as the argument ``step``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from dspark.kernels.paged_attention import AttentionShape, PagedBatch, paged_attention
+from dspark.kernels.kv_store import store_kv
+from dspark.kernels.paged_attention import AttentionRow, AttentionShape, PagedBatch, paged_attention
+from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
 
 ATTENTION_NAME = "dspark_paged"
 
@@ -52,6 +54,7 @@ class KVStore:
     def __init__(self, layers: dict[int, LayerShape], num_blocks: int, block_size: int, like: Tensor) -> None:
         self.layers = layers
         self.block_size = block_size
+        self.device = like.device
         slots = num_blocks * block_size
         # zeros, not empty: a masked slot still enters 0 * value, and garbage may be NaN
         self.keys = {i: like.new_zeros(slots, s.kv_heads, s.key_dim) for i, s in layers.items() if s.source == i}
@@ -85,6 +88,32 @@ class PagedStep:
             keys.index_copy_(0, self.slots, tensors.key[:count])
             values.index_copy_(0, self.slots, tensors.value[:count])
         return paged_attention(tensors.query, keys, values, self.batch, shape, sinks)
+
+
+@dataclass(slots=True)
+class RaggedStep:
+    """The same as ``PagedStep`` from data on the device alone: what CUDA runs, and what a graph can hold."""
+
+    store: KVStore
+    batch: RaggedBatch
+    slots: Tensor  # [T] the slot of each token; -1 for padding
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+    def attend(self, layer: int, tensors: QKV, shape: AttentionShape, sinks: Tensor | None) -> Tensor:
+        source = self.store.layers[layer].source
+        keys, values = self.store.keys[source], self.store.values[source]
+        if source == layer:
+            store_kv(tensors.key, tensors.value, keys, values, self.slots)
+        return ragged_attention(tensors.query, keys, values, self.batch, shape, sinks)
+
+
+def make_step(store: KVStore, rows: Sequence[AttentionRow], slots: list[int], padding: int) -> PagedStep | RaggedStep:
+    """One forward over ``rows``, whose tokens go to ``slots``, and ``padding`` tokens behind them."""
+    device = store.device
+    if device.type == "cuda":
+        batch = RaggedBatch.plan(rows, store.block_size, device, len(slots) + padding)
+        return RaggedStep(store, batch, torch.tensor(slots + [-1] * padding, device=device))
+    return PagedStep(store, PagedBatch.plan(rows, store.block_size, device), torch.tensor(slots, device=device))
 
 
 @dataclass(slots=True)
@@ -144,7 +173,7 @@ def tap_hook(tap: int) -> TapHook:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = kwargs.get("step")
-        if isinstance(step, PagedStep):
+        if isinstance(step, (PagedStep, RaggedStep)):
             step.taps[tap] = (output if isinstance(output, torch.Tensor) else output[0])[0]
 
     return hook
@@ -153,5 +182,5 @@ def tap_hook(tap: int) -> TapHook:
 def embedding_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook of the first layer that leaves the embeddings [T, d] as tap -1."""
     step = kwargs.get("step")
-    if isinstance(step, PagedStep):
+    if isinstance(step, (PagedStep, RaggedStep)):
         step.taps[-1] = (args[0] if args else kwargs["hidden_states"])[0]

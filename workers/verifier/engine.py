@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dspark.errors import BadRequest, Overloaded
-from dspark.kernels.buckets import pad_rows, padded_size
+from dspark.kernels.buckets import pad_rows
 from dspark.types import Drafter, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.aside import Aside
@@ -24,9 +24,10 @@ from dspark.workers.verifier.counters import EngineCounters
 from dspark.workers.verifier.draft_planner import DraftPlanner
 from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.finish import Cut, cut
-from dspark.workers.verifier.judge import JudgeItem, Verdict, judge, prompt_logprobs
+from dspark.workers.verifier.forward import BestTokens
+from dspark.workers.verifier.judge import JudgeItem, Verdict, follow, judge, prompt_logprobs
 from dspark.workers.verifier.laws import check_sampling
-from dspark.workers.verifier.runner import Runner, StepResult
+from dspark.workers.verifier.runner import GraphOptions, Runner, StepResult
 from dspark.workers.verifier.scheduler import Limits, Scheduler
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.shape_policy import ShapePolicy
@@ -48,6 +49,7 @@ class EngineOptions:
     draft_wait_s: float = 0.05
     auto_trees: bool = False  # adaptive requests may get trees at few streams
     overlapped: bool = False  # host work of a step under the next forward, budgets from confidences two steps old
+    graphs: GraphOptions | None = None  # steps from graphs; the runner must then be prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +112,10 @@ class Engine:
         self.drafter = drafter
         self.options = options
         self.tokenizer = tokenizer
-        self.runner = Runner(target, pool, drafter.taps)
+        self.runner = Runner(target, pool, drafter.taps, getattr(drafter, "feed", None), options.graphs)
         survival = make_estimator("head", drafter.block_size, drafter.signals)
         self.drafts = DraftPlanner(DraftPolicy(drafter.block_size), survival, looks_back=options.overlapped)
-        padded = partial(padded_size, device=target.device, dtype=target.dtype)
-        self.scheduler = Scheduler(pool, options.limits, self.drafts, padded)
+        self.scheduler = Scheduler(pool, options.limits, self.drafts, self.runner.padded)
         self.shapes = ShapePolicy(options.auto_trees)
         self.tree_nodes = 0  # that drafts of adaptive requests may have now
         self.aside = Aside()
@@ -229,11 +230,30 @@ class Engine:
 
     def _judge(self, plan: VerifyPlan, result: StepResult) -> dict[str, Verdict]:
         rows = [(row, first) for row, first in zip(plan.rows, result.first_row, strict=True) if row.samples]
+        verdicts: dict[str, Verdict] = {}
+        if result.best is not None:
+            rows = self._follow(rows, result.best, verdicts)
         items = [self._item(row, first, row.num_commit) for row, first in rows]
-        verdicts = self.judge(result.logits, items) if items else []
+        found = self.judge(result.logits, items) if items else []
         if whole := [self._item(row, first, row.num_draft) for row, first in rows if row.num_commit < row.num_draft]:
             self.counters.shadow_accepted += sum(verdict.accepted for verdict in self.judge(result.logits, whole))
-        return {item.request_id: verdict for item, verdict in zip(items, verdicts, strict=True)}
+        verdicts.update((item.request_id, verdict) for item, verdict in zip(items, found, strict=True))
+        return verdicts
+
+    def _follow(self, rows: list[tuple[PlanRow, int]], best: BestTokens, verdicts: dict[str, Verdict]) -> list[tuple[PlanRow, int]]:
+        """Judge the rows that need no more than the device's own best tokens; returns the others."""
+        others: list[tuple[PlanRow, int]] = []
+        tokens: list[int] | None = None
+        for row, first in rows:
+            sequence = self.sequences[row.request_id]
+            draft = sequence.draft if row.num_draft else None
+            if not sequence.takes_best or row.num_commit < row.num_draft or not (draft is None or draft.is_chain):
+                others.append((row, first))
+                continue
+            tokens = best.read() if tokens is None else tokens
+            drafted = () if draft is None else draft.tokens[: row.num_draft]
+            verdicts[row.request_id] = follow(tokens[first : first + len(drafted) + 1], drafted)
+        return others
 
     def _item(self, row: PlanRow, first_row: int, num_draft: int) -> JudgeItem:
         """What the judge needs of a row whose first ``num_draft`` drafts may stand."""

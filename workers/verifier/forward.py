@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dspark.kernels.paged_attention import AttentionRow, PagedBatch
-from dspark.workers.verifier.attention import KVStore, PagedStep, embedding_hook, tap_hook
+from dspark.kernels.paged_attention import AttentionRow
+from dspark.workers.verifier.attention import KVStore, PagedStep, RaggedStep, embedding_hook, make_step, tap_hook
 from dspark.workers.verifier.targets import Target
+
+Feed = Callable[[Tensor, Tensor, Tensor], None]  # what a drafter does with taps [T, m * d], positions [T] and slots [T] (-1: padding)
 
 
 @dataclass(slots=True)
@@ -28,13 +32,30 @@ class StepInput:
     padding: int
 
 
-class Forward:
-    """Owns the KV pools of a target, or of a rank's share of it."""
+class BestTokens(Protocol):
+    """The best token of every wanted row, wherever it is yet."""
 
-    def __init__(self, target: Target, num_blocks: int, block_size: int, taps: tuple[int, ...]) -> None:
+    def read(self) -> list[int]:
+        """Wait for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Logits [L, V] of the wanted tokens and taps [T, m * d]; ``best`` where the forward has looked for them."""
+
+    logits: Tensor
+    taps: Tensor | None
+    best: BestTokens | None = None
+
+
+class Forward:
+    """Owns the KV pools of a target, or of a rank's share of it. ``feed``: the drafter takes its context in the forward itself."""
+
+    def __init__(self, target: Target, num_blocks: int, block_size: int, taps: tuple[int, ...], feed: Feed | None = None) -> None:
         self.target = target
         self.block_size = block_size
         self.taps = taps
+        self.feed = feed
         self.store = KVStore(target.layers, num_blocks, block_size, torch.empty(0, dtype=target.dtype, device=target.device))
         layers = target.decoder_layers()
         for tap in taps:
@@ -44,21 +65,25 @@ class Forward:
                 layers[tap].register_forward_hook(tap_hook(tap), with_kwargs=True)
 
     @torch.inference_mode()
-    def run(self, inputs: StepInput) -> tuple[Tensor, Tensor | None]:
-        """Logits [L, V] of the wanted tokens and taps [T, m * d] of the real ones; writes their KV."""
+    def run(self, inputs: StepInput) -> StepOutput:
+        """Run a step; writes the KV of its tokens."""
         device = self.target.device
         padding = [0] * inputs.padding
-        batch = PagedBatch.plan(inputs.rows, self.block_size, device)
-        step = PagedStep(self.store, batch, torch.tensor(inputs.slots, device=device))
-        output = self.target.model(
-            torch.tensor([inputs.ids + padding], device=device),
-            position_ids=torch.tensor([inputs.positions + padding], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(inputs.wanted, dtype=torch.int64, device=device),
-            step=step,
-        )
-        taps = torch.cat([step.taps[tap][: len(inputs.ids)] for tap in self.taps], dim=-1) if self.taps else None
-        return output.logits[0], taps
+        step = make_step(self.store, inputs.rows, inputs.slots, inputs.padding)
+        ids = torch.tensor(inputs.ids + padding, device=device)
+        positions = torch.tensor(inputs.positions + padding, device=device)
+        return self.forward(ids, positions, torch.tensor(inputs.wanted, dtype=torch.int64, device=device), step)
+
+    def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: PagedStep | RaggedStep) -> StepOutput:
+        """The same from tensors: ids, positions [T], wanted [L]."""
+        output = self.target.model(ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, logits_to_keep=wanted, step=step)
+        if not self.taps:
+            return StepOutput(output.logits[0], None)
+        taps = torch.cat([step.taps[tap] for tap in self.taps], dim=-1)
+        if self.feed is not None:
+            count = step.slots.shape[0]
+            self.feed(taps[:count], positions[:count], step.slots)
+        return StepOutput(output.logits[0], taps)
 
     @torch.inference_mode()
     def move(self, sources: list[int], targets: list[int]) -> None:

@@ -42,7 +42,7 @@ from dspark.workers.verifier.ratio import DraftRows, block_chances, residual_wei
 from dspark.workers.verifier.tree_judge import judge_trees
 from dspark.workers.verifier.verdict import JudgeItem, Verdict
 
-__all__ = ["JudgeItem", "Verdict", "judge", "prompt_logprobs"]
+__all__ = ["JudgeItem", "Verdict", "follow", "judge", "prompt_logprobs"]
 
 PASS_ELEMENTS = 1 << 20  # logits looked at in one pass on CPU
 
@@ -128,6 +128,12 @@ def judge(logits: Tensor, items: Sequence[JudgeItem]) -> list[Verdict]:
     verdicts = [next(walks).verdict() if branches else next(rounds).verdict() for branches in is_tree]
     scores = _score_items(logits, items, verdicts)
     return [dataclasses.replace(verdict, logprobs=scores[place]) if place in scores else verdict for place, verdict in enumerate(verdicts)]
+
+
+def follow(tokens: Sequence[int], drafted: Sequence[int]) -> Verdict:
+    """The verdict of a greedy chain whose rows' best tokens are known: [len(drafted) + 1]."""
+    count = next((j for j, (draft, token) in enumerate(zip(drafted, tokens, strict=False)) if draft != token), len(drafted))
+    return Verdict((*drafted[:count], tokens[count]), count)
 
 
 def _judge_chains(logits: Tensor, items: Sequence[JudgeItem]) -> list[_Round]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dspark.kernels.buckets import padded_size
+from dspark.kernels.buckets import graph_sizes, padded_size
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.types import PlanRow, VerifyPlan
 from dspark.workers.blocks import BlockPool
-from dspark.workers.verifier.forward import Forward, StepInput
+from dspark.workers.verifier.forward import BestTokens, Feed, Forward, StepInput
+from dspark.workers.verifier.graphs import Capture, GraphForward, GraphSizes, fitting
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.tree import depths, visible
@@ -24,24 +25,62 @@ class StepResult:
     """What a forward leaves: logits [L, V] of the wanted tokens and taps [T, m * d] of all real tokens.
 
     ``first_row[i]`` is the first logits row of plan row i: ``1 + num_draft`` rows if it samples, preceded by
-    ``num_scored[i]`` rows that only score prompt tokens.
+    ``num_scored[i]`` rows that only score prompt tokens. ``best``: the best token of each logits row where the device has found it.
     """
 
     logits: Tensor
     first_row: list[int]
     num_scored: list[int]
     taps: Tensor | None
+    best: BestTokens | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphOptions:
+    """That steps up to ``max_tokens`` run from graphs. ``longest``: tokens of a row that verifies a whole draft."""
+
+    capture: Capture
+    max_tokens: int
+    max_rows: int
+    max_model_len: int
+    longest: int = 1
+    with_trees: bool = False
+
+    def sizes(self, block_size: int) -> GraphSizes:
+        blocks = self.max_rows * -(-self.max_model_len // block_size)
+        return GraphSizes(graph_sizes(self.max_tokens), self.max_rows, blocks, self.longest, self.with_trees)
 
 
 class Runner:
-    """Turns a plan into the flat token axis and runs the model on it."""
+    """Turns a plan into the flat token axis and runs the model on it. With ``graphs``, call ``prepare`` before the first step."""
 
-    def __init__(self, target: Target, pool: BlockPool, taps: tuple[int, ...]) -> None:
+    def __init__(
+        self, target: Target, pool: BlockPool, taps: tuple[int, ...], feed: Feed | None = None, graphs: GraphOptions | None = None
+    ) -> None:
         self.target = target
         self.pool = pool
         self.taps = taps
-        self._model = Forward(target, pool.num_blocks, pool.block_size, taps)
+        self._graphs: GraphForward | None = None
+        sizes: tuple[int, ...] = ()
+        if graphs is None:
+            self._model = Forward(target, pool.num_blocks, pool.block_size, taps, feed)
+        else:
+            wanted = graphs.sizes(pool.block_size)
+            self._model = self._graphs = GraphForward(target, pool, taps, feed, wanted, graphs.capture)
+            sizes = wanted.tokens
+        self._sizes = sizes
         self.store = self._model.store
+
+    def prepare(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Capture the graphs, if there are to be any."""
+        if self._graphs is not None:
+            self._graphs.prepare(progress)
+
+    def padded(self, num_tokens: int) -> int:
+        """The size that a step of so many tokens is padded to."""
+        if self._sizes:
+            return fitting(self._sizes, num_tokens)
+        return padded_size(num_tokens, self.target.device, self.target.dtype)
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""
@@ -76,8 +115,8 @@ class Runner:
         spare = padded_size(len(wanted), self.target.device, self.target.dtype) - len(wanted)
         inputs = StepInput(ids, positions, slots, rows, wanted + [0] * spare, plan.token_bucket - len(ids))
         with nullcontext() if self.target.ranks is None else self.target.ranks.step(inputs):
-            logits, taps = self._model.run(inputs)
-        return StepResult(logits[: len(wanted)], first_row, num_scored, taps)
+            output = self._model.run(inputs)
+        return StepResult(output.logits[: len(wanted)], first_row, num_scored, output.taps, output.best)
 
     def keep_paths(self, plan: VerifyPlan, verdicts: Mapping[str, Verdict]) -> None:
         """Move the KV of accepted nodes to the positions that their tokens are committed to, wherever it is not there already.

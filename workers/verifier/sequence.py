@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
 from dspark.workers.blocks import chain_hash, root_hash
 from dspark.workers.verifier.draft_policy import Rest
+from dspark.workers.verifier.laws import has_penalties
 from dspark.workers.verifier.text import TextStream
 
 ROUND_RATE = 0.1  # of the running mean of tokens a round
@@ -40,6 +42,7 @@ class Sequence:
     num_after_first: int = 0  # tokens committed since
     tokens_per_round: float = 1.0  # running mean
     limit_s: float = math.inf  # seconds a token that keep its latency budget, as of this step
+    is_plain: bool = False  # greedy, without anything that edits logits or asks for their values (``min_tokens`` apart)
     left_out: int = 0  # steps in a row that it sat out for others' budgets
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _hashes: list[bytes] = field(default_factory=list)
@@ -57,6 +60,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens without KV; 1 while it decodes (the anchor)."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether its next token is simply the best of the target's logits: greedy, nothing edited, nothing scored."""
+        return self.is_plain and self.request.sampling.min_tokens <= len(self._output)
 
     @property
     def output(self) -> list[int]:
@@ -112,4 +120,8 @@ class Sequence:
         if request.sampling.max_tokens is not None:
             limit = min(limit, prompt + request.sampling.max_tokens)
         tokens = list(request.prompt_token_ids)
-        return Sequence(request, speculation, limit, tokens, prompt, _output=tokens[prompt:])
+        return Sequence(request, speculation, limit, tokens, prompt, is_plain=_is_plain(request.sampling), _output=tokens[prompt:])
+
+
+def _is_plain(sampling: SamplingParams) -> bool:
+    return sampling.is_greedy and not (sampling.logit_bias or has_penalties(sampling) or sampling.logprobs is not None)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dspark.errors import ConfigError
-from dspark.kernels.paged_attention import AttentionRow, PagedBatch
-from dspark.workers.verifier.attention import ATTENTION_NAME, KVStore, LayerShape, PagedStep, ProbeStep, register
+from dspark.kernels.paged_attention import AttentionRow
+from dspark.workers.verifier.attention import ATTENTION_NAME, KVStore, LayerShape, ProbeStep, make_step, register
 
 if TYPE_CHECKING:
     from dspark.workers.verifier.parallel.leader import Ranks
@@ -215,11 +215,8 @@ def paged_logits(target: Target) -> Tensor:
     store = KVStore(target.layers, 2, 16, torch.empty(0, dtype=target.dtype, device=target.device))
     parts = []
     for begin, end in ((0, length // 2), (length // 2, length)):
-        step = PagedStep(
-            store=store,
-            batch=PagedBatch.plan([AttentionRow(0, end - begin, end, (1, 0))], 16, target.device),
-            slots=(torch.arange(begin, end, device=target.device) + 16) % 32,
-        )
+        slots = [(position + 16) % 32 for position in range(begin, end)]
+        step = make_step(store, [AttentionRow(0, end - begin, end, (1, 0))], slots, padding=0)
         parts.append(model(ids[:, begin:end], position_ids=positions[:, begin:end], use_cache=False, step=step).logits[0].float())
     return torch.cat(parts)
 

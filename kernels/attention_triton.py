@@ -1,0 +1,226 @@
+# mypy: ignore-errors
+"""Triton code of ``ragged_attention`` and ``kv_store``; imported when a kernel is first launched, never before.
+
+A tile of ``attend`` is up to TILE_TOKENS new tokens of one row with the GROUP query heads of one KV head, folded into TILE_ROWS
+rows of a matrix product: rows ``m`` are (token m // GROUP, head m % GROUP). Row r's tiles begin at ``starts[r] // TILE_TOKENS + r``,
+so that the number of tiles depends on tokens and rows alone and a captured launch fits every mix of lengths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def store_kv(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slots,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        place = tl.arange(0, KEY_BLOCK)
+        inside = place < KEY_SIZE
+        source = token * key_token + place // KEY_DIM * key_head + place % KEY_DIM
+        tl.store(key_cache + slot * KEY_SIZE + place, tl.load(key + source, mask=inside), mask=inside)
+        place = tl.arange(0, VALUE_BLOCK)
+        inside = place < VALUE_SIZE
+        source = token * value_token + place // VALUE_DIM * value_head + place % VALUE_DIM
+        tl.store(value_cache + slot * VALUE_SIZE + place, tl.load(value + source, mask=inside), mask=inside)
+
+
+@triton.jit
+def attend(
+    query,
+    key_cache,
+    value_cache,
+    out,
+    partial,  # [SPLITS, T, H, VALUE_DIM] fp32: unnormalised sums of values, where SPLITS > 1
+    weights,  # [2, SPLITS, T, H] fp32: largest score (in log2 units) and sum of weights
+    positions,
+    starts,
+    contexts,
+    table_starts,
+    tables,
+    ancestors,
+    sinks,
+    num_tokens,
+    num_rows,
+    window,
+    scale,
+    softcap,
+    query_token,
+    query_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    HAS_ANCESTORS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SEES_ALL: tl.constexpr,
+):
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    row = tile * 0
+    last = row + num_rows - 1
+    for _ in tl.static_range(SEARCH_STEPS):
+        middle = (row + last + 1) // 2
+        begins = tl.load(starts + middle) // TILE_TOKENS + middle
+        row = tl.where(begins <= tile, middle, row)
+        last = tl.where(begins <= tile, last, middle - 1)
+    start = tl.load(starts + row)
+    length = tl.load(starts + row + 1) - start
+    offset = (tile - start // TILE_TOKENS - row) * TILE_TOKENS
+    if offset < length:
+        context = tl.load(contexts + row)
+        base = context - length
+        m = tl.arange(0, TILE_ROWS)
+        own = offset + m // GROUP
+        head = kv_head * GROUP + m % GROUP
+        is_query = (m < TILE_TOKENS * GROUP) & (own < length)
+        token = start + own
+        key_columns = tl.arange(0, KEY_BLOCK)
+        value_columns = tl.arange(0, VALUE_BLOCK)
+        q = tl.load(
+            query + (token * query_token + head * query_head)[:, None] + key_columns[None, :],
+            mask=is_query[:, None] & (key_columns < KEY_DIM)[None, :],
+            other=0.0,
+        )
+        first_key = context * 0
+        last_key = context
+        if not SEES_ALL:
+            last_key = tl.maximum(tl.minimum(context, base + offset + TILE_TOKENS), 0)
+        if HAS_WINDOW:
+            position = tl.load(positions + token, mask=is_query, other=0).to(tl.int32)
+            lowest = tl.min(tl.where(is_query, position, 2147483647), 0)
+            first_key = tl.minimum(tl.maximum(lowest - window + 1, 0), base)
+            first_key = tl.maximum(first_key, 0)
+        if HAS_ANCESTORS:
+            bits = tl.load(ancestors + token, mask=is_query, other=0)
+        per_split = tl.cdiv(tl.cdiv(last_key - first_key, TILE_KEYS), SPLITS) * TILE_KEYS
+        begin = first_key + split * per_split
+        end = tl.minimum(last_key, begin + per_split)
+        table = tables + tl.load(table_starts + row)
+        best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([TILE_ROWS], tl.float32)
+        acc = tl.zeros([TILE_ROWS, VALUE_BLOCK], tl.float32)
+        for key_begin in range(begin, end, TILE_KEYS):
+            place = key_begin + tl.arange(0, TILE_KEYS)
+            inside = place < end
+            block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            slot = block * BLOCK_SIZE + place % BLOCK_SIZE
+            k = tl.load(
+                key_cache + (slot * (KV_HEADS * KEY_DIM) + kv_head * KEY_DIM)[None, :] + key_columns[:, None],
+                mask=inside[None, :] & (key_columns < KEY_DIM)[:, None],
+                other=0.0,
+            )
+            scores = tl.dot(q, k, input_precision="ieee") * scale
+            if HAS_SOFTCAP:
+                scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+            scores = scores * LOG2E
+            new = place - base
+            if SEES_ALL:
+                seen = inside[None, :] & is_query[:, None]
+            else:
+                seen = place[None, :] <= (base + own)[:, None]
+                if HAS_ANCESTORS:
+                    bit = (bits[:, None] >> tl.minimum(tl.maximum(new, 0), 63).to(tl.int64)[None, :]) & 1
+                    seen = tl.where((bits == 0)[:, None], seen, (new < 0)[None, :] | (bit != 0))
+                seen = seen & inside[None, :] & is_query[:, None]
+            if HAS_WINDOW:
+                key_position = tl.load(positions + start + new, mask=inside & (new >= 0), other=0).to(tl.int32)
+                key_position = tl.where(new >= 0, key_position, place)
+                seen = seen & (position[:, None] - key_position[None, :] < window)
+            scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp2(scores - anchor[:, None])
+            fade = tl.exp2(best - anchor)
+            v = tl.load(
+                value_cache + (slot * (KV_HEADS * VALUE_DIM) + kv_head * VALUE_DIM)[:, None] + value_columns[None, :],
+                mask=inside[:, None] & (value_columns < VALUE_DIM)[None, :],
+                other=0.0,
+            )
+            total = total * fade + tl.sum(weight, 1)
+            acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            best = higher
+        is_value = is_query[:, None] & (value_columns < VALUE_DIM)[None, :]
+        place = token * HEADS + head
+        if SPLITS == 1:
+            if HAS_SINKS:
+                sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+                anchor = tl.maximum(best, sink)
+                total = tl.where(context > 0, total * tl.exp2(best - anchor) + tl.exp2(sink - anchor), 0.0)
+                acc = acc * tl.exp2(best - anchor)[:, None]
+            mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+            tl.store(out + (place * VALUE_DIM)[:, None] + value_columns[None, :], mean.to(out.dtype.element_ty), mask=is_value)
+        else:
+            place = place + split * num_tokens * HEADS
+            tl.store(partial + (place * VALUE_DIM)[:, None] + value_columns[None, :], acc, mask=is_value)
+            tl.store(weights + place, best, mask=is_query)
+            tl.store(weights + SPLITS * num_tokens * HEADS + place, total, mask=is_query)
+
+
+@triton.jit
+def combine(
+    partial,
+    weights,
+    out,
+    sinks,
+    num_tokens,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    place = tl.program_id(0) * HEADS + tl.program_id(1)
+    columns = tl.arange(0, VALUE_BLOCK)
+    splits = tl.arange(0, SPLITS) * num_tokens * HEADS + place
+    best = tl.load(weights + splits)
+    total = tl.load(weights + SPLITS * num_tokens * HEADS + splits)
+    sums = tl.load(
+        partial + (splits * VALUE_DIM)[:, None] + columns[None, :],
+        mask=(best > float("-inf"))[:, None] & (columns < VALUE_DIM)[None, :],
+        other=0.0,
+    )
+    anchor = tl.max(best, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * LOG2E
+        sink = tl.where(anchor == float("-inf"), float("-inf"), sink)
+        anchor = tl.maximum(anchor, sink)
+    anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
+    share = tl.exp2(best - anchor)
+    whole = tl.sum(total * share, 0)
+    if HAS_SINKS:
+        whole = whole + tl.exp2(sink - anchor)
+    mean = tl.sum(sums * share[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    tl.store(out + place * VALUE_DIM + columns, mean.to(out.dtype.element_ty), mask=columns < VALUE_DIM)

@@ -1,0 +1,162 @@
+"""The target's forward as CUDA graphs, one for each size that steps are padded to.
+
+A graph replays the launches of one forward without Python: on fixed tensors (``step_buffers.py``), from token ids to logits, best
+tokens, taps and the drafter's context. Steps larger than the largest graph run the same kernels one by one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark.errors import ConfigError
+from dspark.kernels.top import first_argmax
+from dspark.workers.blocks import BlockPool
+from dspark.workers.verifier.attention import RaggedStep
+from dspark.workers.verifier.forward import Feed, Forward, StepInput, StepOutput
+from dspark.workers.verifier.step_buffers import HostStep, StepBuffers
+from dspark.workers.verifier.targets import Target
+
+NOTHING = HostStep((), (), (), (), (), (), ())
+SHOW_EVERY_S = 2.0
+
+Run = Callable[[], StepOutput]
+
+
+class Capture(Protocol):
+    """How a forward over fixed tensors is made repeatable."""
+
+    def __call__(self, run: Run) -> Run:
+        """Something that does what ``run`` does, again and again; what it returns holds until the next call of any of them."""
+
+
+def plain_calls(run: Run) -> Run:
+    """No graph: every call computes anew. The stand-in on machines without CUDA."""
+    return run
+
+
+class CudaGraphs:
+    """Captures with one memory pool for all graphs: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run) -> Run:
+        run()  # compiles kernels and lets libraries choose theirs, which a capture may not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+
+        def replay() -> StepOutput:
+            graph.replay()
+            return output
+
+        return replay
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSizes:
+    """What graphs are captured for. ``tokens``: sizes, rising; ``longest``: tokens that a row usually has at most."""
+
+    tokens: tuple[int, ...]
+    max_rows: int
+    max_blocks: int  # block ids that the rows of one step name at most
+    longest: int
+    with_trees: bool
+
+
+class OwnTokens:
+    """The best token of every wanted row, on its way to the host."""
+
+    def __init__(self, tokens: Tensor, host: Tensor) -> None:
+        self._host = host[: tokens.shape[0]]
+        self._host.copy_(tokens, non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def read(self) -> list[int]:
+        """Wait for them."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._host.tolist()
+        return tokens
+
+
+class GraphForward(Forward):
+    """A ``Forward`` that replays what it has captured; ``prepare`` captures."""
+
+    def __init__(
+        self, target: Target, pool: BlockPool, taps: tuple[int, ...], feed: Feed | None, sizes: GraphSizes, capture: Capture
+    ) -> None:
+        super().__init__(target, pool.num_blocks, pool.block_size, taps, feed)
+        self.sizes = sizes
+        self.buffers = StepBuffers(target.device, sizes.tokens[-1], sizes.max_rows, sizes.max_blocks)
+        self._capture = capture
+        self._replays: dict[int, Run] = {}
+        is_cuda = target.device.type == "cuda"
+        self._hosts = [torch.zeros(sizes.tokens[-1], dtype=torch.int64, pin_memory=is_cuda) for _ in range(3)]
+        self._turn = 0
+
+    @torch.inference_mode()
+    def prepare(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Capture all sizes, the largest first so that the others fit into its memory. ConfigError if the device has too little."""
+        sizes = self.sizes.tokens[::-1]
+        begin = shown_s = time.perf_counter()
+        for done, size in enumerate(sizes):
+            if time.perf_counter() - shown_s > SHOW_EVERY_S:
+                shown_s = time.perf_counter()
+                progress(f"capturing graphs: {done} of {len(sizes)} sizes")
+            try:
+                self._replays[size] = self._captured(size)
+            except torch.OutOfMemoryError as error:
+                raise ConfigError(
+                    f"{self.target.device} has too little memory left for the graph of {size} tokens: lower kv_tokens or graph_tokens"
+                ) from error
+        progress(f"captured graphs of {len(sizes)} sizes up to {sizes[0]} tokens in {time.perf_counter() - begin:.1f} s")
+
+    @torch.inference_mode()
+    def run(self, inputs: StepInput) -> StepOutput:
+        size = len(inputs.ids) + inputs.padding
+        if size not in self._replays:
+            return super().run(inputs)
+        step = HostStep.of(inputs.ids, inputs.positions, inputs.slots, inputs.wanted, inputs.rows)
+        output = self.replay(size, step)
+        return StepOutput(output.logits[: len(inputs.wanted)], output.taps, self.own_tokens(len(inputs.wanted)))
+
+    @torch.inference_mode()
+    def replay(self, size: int, step: HostStep) -> StepOutput:
+        """Run a step of ``size`` tokens; nothing waits for the device."""
+        self.buffers.fill(size, step)
+        return self._replays[size]()
+
+    @torch.inference_mode()
+    def own_tokens(self, count: int) -> OwnTokens:
+        """The first ``count`` best tokens of the step that was launched last; at most three are under way at once."""
+        self._turn = (self._turn + 1) % len(self._hosts)
+        return OwnTokens(self.buffers.own[:count], self._hosts[self._turn])
+
+    def _captured(self, size: int) -> Run:
+        sizes, buffers = self.sizes, self.buffers
+        views = buffers.views(size, self.block_size, min(size, sizes.longest), sizes.with_trees)
+        buffers.fill(size, NOTHING)
+
+        def run() -> StepOutput:
+            step = RaggedStep(self.store, views.batch, views.slots)
+            output = self.forward(buffers.gather_ids(views), views.positions, views.wanted, step)
+            buffers.own[:size].copy_(first_argmax(output.logits))
+            return output
+
+        return self._capture(run)
+
+
+def fitting(sizes: Sequence[int], num_tokens: int) -> int:
+    """The smallest of the rising sizes that holds so many tokens; beyond the largest, the number itself."""
+    return next((size for size in sizes if size >= num_tokens), num_tokens)

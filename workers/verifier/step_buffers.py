@@ -1,0 +1,187 @@
+"""What changes from step to step, in one buffer that never moves: filled on the host, sent to the device with one copy.
+
+::
+
+    source        [T] int64   where a token's id is: in ``own`` of the step before, or behind it in ``ids``
+    ids, positions [T] int64  wanted [T] int64: the tokens whose logits are asked for, then zeros
+    ancestors     [T] int64   0: causal         slots [T] int32: -1 for padding
+    starts        [R + 1] int32, contexts [R], table_starts [R]: rows in order, then empty ones; the last is the padding
+    tables        [N] int32   the blocks of all rows, as many as there are
+
+A step of T tokens lies in the first words of the buffer in an order that T and R alone decide, so that graphs of all sizes share it and
+a copy takes what a step has. ``own`` lies before it: the best token of every wanted row, which a step leaves for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dspark.kernels.paged_attention import AttentionRow
+from dspark.kernels.ragged_attention import RaggedBatch, row_ancestors
+
+HOST_COPIES = 3  # host buffers in turn: one is filled while the copy of the one before may still run
+INT64_FIELDS = ("ids", "source", "positions", "wanted", "ancestors")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the fields of a step with ``num_tokens`` tokens and ``num_rows`` rows (the padding's included) lie, in 32-bit words."""
+
+    num_tokens: int
+    num_rows: int
+    spans: dict[str, tuple[int, int]]
+    tables: int  # where they begin
+
+
+@lru_cache(maxsize=256)
+def layout(num_tokens: int, num_rows: int) -> Layout:
+    sizes = dict.fromkeys(INT64_FIELDS, 2 * num_tokens)
+    sizes |= {"slots": num_tokens, "starts": num_rows + 1, "contexts": num_rows, "table_starts": num_rows}
+    spans: dict[str, tuple[int, int]] = {}
+    begin = 0
+    for name, size in sizes.items():
+        spans[name] = (begin, begin + size)
+        begin += size
+    return Layout(num_tokens, num_rows, spans, begin)
+
+
+@dataclass(frozen=True, slots=True)
+class StepViews:
+    """The fields on the device."""
+
+    ids: Tensor  # [T] resolved: what ``source`` points at, once ``gather_ids`` has run
+    source: Tensor
+    positions: Tensor
+    wanted: Tensor
+    slots: Tensor
+    batch: RaggedBatch
+
+
+class StepBuffers:
+    """The device buffer, and host buffers that are filled in turn. ``max_blocks``: blocks that the rows of a step name at most."""
+
+    def __init__(self, device: torch.device, max_tokens: int, max_rows: int, max_blocks: int) -> None:
+        self.max_tokens = max_tokens
+        self.max_rows = max_rows + 1
+        words = layout(max_tokens, self.max_rows).tables + max_blocks
+        self._own_words = 2 * max_tokens
+        self._device = torch.zeros(self._own_words + words + words % 2, dtype=torch.int32, device=device)
+        is_cuda = device.type == "cuda"
+        self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
+        self._words: list[NDArray[np.int32]] = [pinned.numpy() for pinned in self._pinned]
+        self._turn = 0
+        self._own_tokens = self._device[: self._own_words].view(torch.int64)
+
+    @property
+    def own(self) -> Tensor:
+        """[max_tokens] int64: the best token of every wanted row of the last step."""
+        return self._own_tokens
+
+    def rows_for(self, num_tokens: int) -> int:
+        """Rows of the layout of a step: one a token at most, and the padding's."""
+        return min(num_tokens + 1, self.max_rows)
+
+    def views(self, num_tokens: int, block_size: int, longest: int, with_trees: bool) -> StepViews:
+        """The device's fields of steps of this size. ``longest``: tokens that a row usually has at most."""
+        plan = layout(num_tokens, self.rows_for(num_tokens))
+        whole = self._device[self._own_words :]
+        fields = {name: whole[slice(*span)] for name, span in plan.spans.items()}
+        fields |= {name: fields[name].view(torch.int64) for name in INT64_FIELDS}
+        batch = RaggedBatch(
+            positions=fields["positions"],
+            starts=fields["starts"],
+            contexts=fields["contexts"],
+            table_starts=fields["table_starts"],
+            tables=whole[plan.tables :],
+            block_size=block_size,
+            longest=longest,
+            ancestors=fields["ancestors"] if with_trees else None,
+        )
+        return StepViews(fields["ids"], fields["source"], fields["positions"], fields["wanted"], fields["slots"], batch)
+
+    def gather_ids(self, views: StepViews) -> Tensor:
+        """Token ids [T] of a step: the best tokens of the step before it, or those that the host gave."""
+        known = self._device[: self._own_words + 2 * views.ids.shape[0]].view(torch.int64)
+        return known.index_select(0, views.source)
+
+    def fill(self, num_tokens: int, step: HostStep) -> None:
+        """Send a step of ``num_tokens`` tokens, padding included, to the device; nothing waits for it."""
+        plan = layout(num_tokens, self.rows_for(num_tokens))
+        self._turn = (self._turn + 1) % HOST_COPIES
+        words = self._words[self._turn]
+        real, rows = len(step.positions), len(step.lengths)
+        fields = {name: words[slice(*span)] for name, span in plan.spans.items()}
+        fields |= {name: fields[name].view(np.int64) for name in INT64_FIELDS}
+        own = self.max_tokens
+        if step.source is None:
+            fields["ids"][:real] = step.ids
+            fields["ids"][real:] = 0
+            fields["source"][:] = np.arange(own, own + num_tokens)
+        else:
+            fields["ids"][:] = 0
+            fields["source"][:real] = step.source
+            fields["source"][real:] = own
+        for name, values in (("positions", step.positions), ("wanted", step.wanted)):
+            fields[name][: len(values)] = values
+            fields[name][len(values) :] = 0
+        fields["ancestors"][:] = 0
+        if step.ancestors is not None:
+            fields["ancestors"][:real] = step.ancestors
+        fields["slots"][:real] = step.slots
+        fields["slots"][real:] = -1
+        starts = fields["starts"]
+        starts[0] = 0
+        np.cumsum(step.lengths, out=starts[1 : rows + 1])
+        starts[rows + 1 : -1] = real
+        starts[-1] = num_tokens
+        fields["contexts"][:rows] = step.contexts
+        fields["contexts"][rows:] = 0
+        counts = np.fromiter(map(len, step.tables), np.int64, rows)
+        ends = np.cumsum(counts)
+        fields["table_starts"][:rows] = ends - counts
+        fields["table_starts"][rows:] = 0
+        end = plan.tables + int(ends[-1]) if rows else plan.tables
+        words[plan.tables : end] = np.frombuffer(b"".join(step.tables), dtype=np.int32)  # type: ignore[arg-type]
+        self._device[self._own_words : self._own_words + end].copy_(self._pinned[self._turn][:end], non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """One step on the host: token by token, and row by row. ``tables`` are int32 arrays.
+
+    ``source`` are rows of ``own`` that hold the ids; None: ``ids`` has them.
+    """
+
+    ids: Sequence[int] | NDArray[np.int64]
+    positions: Sequence[int] | NDArray[np.int64]
+    slots: Sequence[int] | NDArray[np.int64]
+    wanted: Sequence[int] | NDArray[np.int64]
+    lengths: Sequence[int] | NDArray[np.int64]
+    contexts: Sequence[int] | NDArray[np.int64]
+    tables: Sequence[Sequence[int]]
+    source: NDArray[np.int64] | None = None
+    ancestors: Sequence[int] | None = None
+
+    @staticmethod
+    def of(
+        ids: Sequence[int], positions: Sequence[int], slots: Sequence[int], wanted: Sequence[int], rows: Sequence[AttentionRow]
+    ) -> HostStep:
+        """From the rows of a step."""
+        has_trees = any(row.visible is not None for row in rows)
+        return HostStep(
+            ids=ids,
+            positions=positions,
+            slots=slots,
+            wanted=wanted,
+            lengths=[row.length for row in rows],
+            contexts=[row.context for row in rows],
+            tables=[row.table for row in rows],
+            ancestors=[word for row in rows for word in row_ancestors(row)] if has_trees else None,
+        )

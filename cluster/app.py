@@ -1,4 +1,4 @@
-"""Topologies as builders: each returns a Serve application. ``build_colocated`` is what ``serve run`` and ``dspark serve`` use."""
+"""Topologies as builders: each returns a Serve application, for ``serve run`` and ``dspark serve``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from dspark.cluster.autoscaling import LOOK_BACK_S, BusyDraftWorkers, WantedVerifiers
+from dspark.cluster.draft_worker import DRAIN_S, DraftLoader, DraftWorkerReplica, load_draft_worker
 from dspark.cluster.ingress import Router
 from dspark.cluster.ranks import bundles
 from dspark.cluster.verifier import Loader, Verifier, load_verifier
@@ -28,42 +29,59 @@ def build_colocated(args: ServeConfig | Mapping[str, Any]) -> Application:
 
     ``args`` is a ``ServeConfig`` or its fields, as a Serve YAML gives them; ``ConfigError`` names a key that is wrong.
     """
-    return assemble(as_config(args))
+    return assemble(as_config(args, "colocated"))
 
 
-def as_config(args: ServeConfig | Mapping[str, Any]) -> ServeConfig:
-    """A checked configuration."""
-    return args if isinstance(args, ServeConfig) else validate(ServeConfig, args, {})
+def build_disaggregated(args: ServeConfig | Mapping[str, Any]) -> Application:
+    """Routers in front of verifiers that draft with draft workers; drafts go between those two directly.
+
+    ``args`` as in ``build_colocated``.
+    """
+    return assemble(as_config(args, "disaggregated"))
 
 
-def assemble(config: ServeConfig, loader: Loader = load_verifier) -> Application:
-    """The application around any engine loader."""
-    shared: dict[str, Any] = {
-        "max_ongoing_requests": FAR_OUT,
-        "max_queued_requests": -1,
-        "health_check_period_s": 5.0,
-        "logging_config": QUIET,
-    }
-    gpus = _gpus(config.engine.device)
-    verifier = serve.deployment(
-        name="Verifier",
-        **verifier_scaling(config),
-        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
-        **bundles(config.engine.num_ranks, gpus),
-        graceful_shutdown_timeout_s=config.drain_s + LEEWAY_S,
-        graceful_shutdown_wait_loop_s=0.1,
-        **shared,
-    )(Verifier)
-    router = serve.deployment(
-        name="Router",
-        num_replicas=config.num_routers,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=config.drain_s + LEEWAY_S,
-        graceful_shutdown_wait_loop_s=0.2,
-        **shared,
-    )(Router)
-    app: Application = router.bind(verifier.bind(config, loader), config)
+def build(config: ServeConfig) -> Application:
+    """The application of the topology that the configuration names."""
+    return {"colocated": build_colocated, "disaggregated": build_disaggregated}[config.topology](config)
+
+
+def as_config(args: ServeConfig | Mapping[str, Any], topology: str) -> ServeConfig:
+    """A checked configuration of a topology; ConfigError if it is one of another."""
+    config = args if isinstance(args, ServeConfig) else validate(ServeConfig, {"topology": topology} | dict(args), {})
+    if config.topology != topology:
+        raise ConfigError(f"topology {config.topology}: this application is {topology}")
+    return config
+
+
+def assemble(config: ServeConfig, loader: Loader = load_verifier, draft_loader: DraftLoader = load_draft_worker) -> Application:
+    """The application around any loaders of engines and draft workers."""
+    gpus = _gpus(config, "engine.device")
+    places = verifier_scaling(config) | bundles(config.engine.num_ranks, gpus)
+    verifier = _deployment(Verifier, "Verifier", places, gpus, config.drain_s)
+    router = _deployment(Router, "Router", {"num_replicas": config.num_routers}, 0.0, config.drain_s)
+    drafting: tuple[Any, ...] = ()
+    if config.topology == "disaggregated":
+        workers = draft_worker_scaling(config, config.num_draft_workers)
+        drafting = (
+            _deployment(DraftWorkerReplica, "DraftWorker", workers, _gpus(config, "draft_device"), DRAIN_S).bind(config, draft_loader),
+        )
+    app: Application = router.bind(verifier.bind(config, loader, *drafting), config)
     return app
+
+
+def _deployment(replica: type, name: str, places: Mapping[str, Any], gpus: float, drain_s: float) -> Any:
+    """A Serve deployment that leaves all limits to us and gives its replicas time to drain; ``places``: how many, and where."""
+    return serve.deployment(
+        name=name,
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
+        graceful_shutdown_timeout_s=drain_s + LEEWAY_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        max_ongoing_requests=FAR_OUT,
+        max_queued_requests=-1,
+        health_check_period_s=5.0,
+        logging_config=QUIET,
+        **places,
+    )(replica)
 
 
 def verifier_scaling(config: ServeConfig) -> dict[str, Any]:
@@ -104,10 +122,11 @@ def _autoscaling(least: int, most: int, first: int, policy: type, arguments: dic
     }
 
 
-def _gpus(device: str) -> float:
-    """GPUs each rank of a verifier asks Ray for. ``auto`` takes one if the cluster has any."""
+def _gpus(config: ServeConfig, key: str) -> float:
+    """GPUs that each process of a replica asks Ray for. ``auto`` takes one if the cluster has any."""
+    device = config.draft_device if key == "draft_device" and config.draft_device is not None else config.engine.device
     if device.startswith("cuda:"):
-        raise ConfigError(f"engine.device {device}: Ray gives each verifier a GPU; say cuda, and choose GPUs with CUDA_VISIBLE_DEVICES")
+        raise ConfigError(f"{key} {device}: Ray gives each replica a GPU; say cuda, and choose GPUs with CUDA_VISIBLE_DEVICES")
     if device == "auto":
         has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1  # type: ignore[no-untyped-call]
         return 1.0 if has_gpu else 0.0

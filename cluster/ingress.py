@@ -19,6 +19,7 @@ from dspark.cluster.http.metering import Family
 from dspark.cluster.http.service import Service
 from dspark.cluster.logs import join_serve_logs
 from dspark.cluster.ray_metrics import RayMetrics
+from dspark.cluster.secure import tls_files
 from dspark.cluster.steering import Steering, rules_of
 from dspark.config import ServeConfig
 from dspark.router.classes import Classes
@@ -39,6 +40,7 @@ class Router:
         join_serve_logs()
         context = serve.get_replica_context()
         self._name = context.replica_tag
+        self._tls = tls_files(config)
         self._verifiers = verifiers
         self._routers: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
         self._options = HttpOptions(config.max_body_bytes, _secret(config), config.show_docs, self._other_families, self._decision)
@@ -93,7 +95,7 @@ class Router:
         return [ReplicaFacts(**facts) for facts in found if isinstance(facts, dict)]
 
     def _connect(self, facts: ReplicaFacts) -> Link:
-        return GrpcLink(facts.replica_id, facts.address, facts.token, self._name, facts.fingerprint)
+        return GrpcLink(facts.replica_id, facts.address, facts.token, self._name, facts.fingerprint, self._tls)
 
     async def _other_families(self) -> list[list[Family]]:
         try:

@@ -22,10 +22,10 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from dspark.cluster.app import APP_NAME, QUIET, build_colocated
+from dspark.cluster.app import APP_NAME, QUIET, build
 from dspark.cluster.edge import IMPORT_PATH, IMPORT_PATH_ENV, MAX_BODY_ENV
 from dspark.cluster.processes import adopt_orphans, bounded, descendants, end_descendants, process_name
-from dspark.cluster.verifier import ERROR_MARK, Progress
+from dspark.cluster.progress import ERROR_MARK, Progress
 from dspark.config import ServeConfig
 from dspark.errors import ConfigError, DSparkError
 
@@ -85,7 +85,7 @@ class LocalServer:
 
     def deploy(self) -> dict[str, Any] | None:
         """Deploy, and wait until ``/health`` counts every verifier; the effective settings of one, or None after a signal."""
-        target = serve.RunTarget(build_colocated(self._config), name=APP_NAME, route_prefix="/", logging_config=QUIET)
+        target = serve.RunTarget(build(self._config), name=APP_NAME, route_prefix="/", logging_config=QUIET)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         shown: dict[str, int] = {}
         while not self._stop.is_asked:
@@ -94,10 +94,17 @@ class LocalServer:
             if application is not None and application.status is ApplicationStatus.DEPLOY_FAILED:
                 raise DSparkError(f"the application could not be deployed: {application.message}")
             if application is not None and application.status is ApplicationStatus.RUNNING and self._is_healthy():
-                described: dict[str, Any] = serve.get_deployment_handle("Verifier", APP_NAME).describe.remote().result()["described"]
-                return described
+                return self._describe()
             time.sleep(POLL_S)
         return None
+
+    def _describe(self) -> dict[str, Any]:
+        """The effective settings of one verifier, and under ``draft_worker`` those of one draft worker, if there are any."""
+        described: dict[str, Any] = serve.get_deployment_handle("Verifier", APP_NAME).describe.remote().result()["described"]
+        if self._config.topology == "disaggregated":
+            report = serve.get_deployment_handle("DraftWorker", APP_NAME).report.remote().result()
+            described["draft_worker"] = report["described"]
+        return described
 
     def serve(self) -> None:
         """Return after a signal, when running requests have ended or may not run longer."""
@@ -141,13 +148,14 @@ class LocalServer:
         self._stop.restore()
 
     def _show_progress(self, shown: dict[str, int]) -> None:
-        """Print what verifiers have reported since the last call; an error that ended a load is raised."""
-        for replica_id, lines in Progress.read().items():
-            for line in lines[shown.get(replica_id, 0) :]:
+        """Print what replicas have reported since the last call; an error that ended a load is raised."""
+        is_alone = self._config.num_verifiers == 1 and self._config.topology == "colocated"
+        for name, lines in Progress.read().items():
+            for line in lines[shown.get(name, 0) :]:
                 if line.startswith(ERROR_MARK):
                     raise ConfigError(line.removeprefix(ERROR_MARK))
-                self._say(f"verifier {replica_id}: {line}" if self._config.num_verifiers > 1 else line)
-            shown[replica_id] = len(lines)
+                self._say(line if is_alone else f"{name}: {line}")
+            shown[name] = len(lines)
 
     def _is_healthy(self) -> bool:
         """Whether a router has a stream to every verifier, and all of them make progress."""

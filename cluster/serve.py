@@ -77,6 +77,9 @@ def summary(config: ServeConfig, described: dict[str, Any]) -> list[str]:
     tokens, requests = described["kv_capacity_tokens"], described["kv_capacity_requests"]
     longest = described["max_model_len"]
     lines.append(f"KV capacity: {tokens} tokens, {requests} requests of the full {longest} tokens ({config.num_verifiers} x this)")
+    if (worker := described.get("draft_worker")) is not None:
+        context, place = worker["kv_capacity_tokens"], f"{worker['dtype']} on {worker['device']}"
+        lines.append(f"draft workers: context of {context} tokens, {place} ({config.num_draft_workers} x this)")
     return lines
 
 

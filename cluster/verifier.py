@@ -10,29 +10,35 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray import serve
-from ray.experimental import internal_kv
+from ray.serve.handle import DeploymentHandle
 
 import dspark
 from dspark.cluster.autoscaling import WANTED
+from dspark.cluster.draft_directory import DraftDirectory
+from dspark.cluster.draft_worker import find_draft_workers
 from dspark.cluster.fleet import ReplicaFacts
 from dspark.cluster.logs import join_serve_logs
+from dspark.cluster.progress import Progress, give_cores_back
 from dspark.cluster.ranks import ActorLauncher
+from dspark.cluster.secure import tls_files
 from dspark.config import EngineConfig, ServeConfig
 from dspark.errors import DSparkError, WorkerLost
 from dspark.workers.wire.codec import PROTOCOL
 from dspark.workers.wire.link import Host
 from dspark.workers.wire.server import WireServer
+from dspark.workers.wire.tls import TlsFiles
 
-PROGRESS_PREFIX = b"dspark:progress:"
-ERROR_MARK = "error: "
+if TYPE_CHECKING:
+    from dspark.workers.build import Loaded
+
 LAST_WORDS_S = 2.0  # for routers to read the last outcomes before the stream closes
 
 _log = logging.getLogger(__name__)
@@ -58,38 +64,67 @@ class Ready:
     described: dict[str, Any]
 
 
-Loader = Callable[[EngineConfig, Callable[[str], None]], Ready]
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How a verifier of a disaggregated topology drafts; ``name`` is its own."""
+
+    name: str
+    directory: DraftDirectory
+    tls: TlsFiles | None
+    wait_s: float
+    fallback: str
 
 
-def load_verifier(config: EngineConfig, progress: Callable[[str], None]) -> Ready:
-    """Load the engine that the configuration names."""
+Loader = Callable[[EngineConfig, Callable[[str], None], Drafting | None], Ready]
+
+
+def load_verifier(config: EngineConfig, progress: Callable[[str], None], drafting: Drafting | None) -> Ready:
+    """Load the engine that the configuration names; with ``drafting`` its drafts come from draft workers."""
     from dspark.workers.build import load_engine
+    from dspark.workers.disaggregated import RemoteDrafting, load_remote_engine
     from dspark.workers.own_thread import call_in_own_thread
     from dspark.workers.verifier.host import EngineHost
+    from dspark.workers.wire.draft_client import grpc_sessions
 
     launcher = ActorLauncher() if config.num_ranks > 1 else None
-    loaded = call_in_own_thread(lambda: load_engine(config, progress, launcher))
+
+    def load() -> Loaded:
+        if drafting is None:
+            return load_engine(config, progress, launcher)
+        sessions = grpc_sessions(drafting.name, drafting.tls)
+        remote = RemoteDrafting(sessions, drafting.directory.attach, drafting.wait_s, drafting.fallback)
+        return load_remote_engine(config, remote, progress, launcher)
+
+    loaded = call_in_own_thread(load)
     return Ready(EngineHost(loaded.engine), loaded.model_name, loaded.engine.options.max_model_len, loaded.describe)
 
 
 class Verifier:
     """Serve's replica around one engine. Without ``threads`` the engine gets all cores that torch would take by itself."""
 
-    async def __init__(self, config: ServeConfig, loader: Loader) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ServeConfig, loader: Loader, draft_workers: DeploymentHandle[Any] | None = None
+    ) -> None:
         join_serve_logs()
-        _give_cores_back(config.engine)
+        give_cores_back(config.engine)
         replica_id = serve.get_replica_context().replica_tag
         self._drain_s = config.drain_s
-        progress = Progress(replica_id)
+        tls = tls_files(config)
+        drafting = None
+        if draft_workers is not None:
+            directory = DraftDirectory(partial(find_draft_workers, draft_workers))
+            directory.start()
+            drafting = Drafting(replica_id, directory, tls, config.draft_wait_ms / 1e3, config.draft_fallback)
+        progress = Progress("verifier", replica_id)
         try:
-            self._ready = await asyncio.to_thread(loader, config.engine, progress)
+            self._ready = await asyncio.to_thread(loader, config.engine, progress, drafting)
         except DSparkError as error:
-            progress(f"{ERROR_MARK}{error}")
+            progress.fail(error)
             raise
         self._ready.host.start()
         self._token = secrets.token_hex(32)
         self._fingerprint = fingerprint_of(self._ready)
-        self._server = WireServer(self._ready.host, replica_id, self._fingerprint, self._token)
+        self._server = WireServer(self._ready.host, replica_id, self._fingerprint, self._token, tls)
         address = await self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._facts = ReplicaFacts(
             replica_id, address, self._token, self._fingerprint, self._ready.model, self._ready.max_model_len, self._ready.described
@@ -125,30 +160,3 @@ def fingerprint_of(ready: Ready) -> str:
     keys = ("model", "revision", "dtype", "architecture", "parameters")
     facts = [ready.model, ready.max_model_len, dspark.__version__, PROTOCOL, *(str(ready.described.get(key)) for key in keys)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-class Progress:
-    """Leaves lines for ``dspark serve`` to show: a replica cannot be asked anything before it is up."""
-
-    def __init__(self, replica_id: str) -> None:
-        self._key = PROGRESS_PREFIX + replica_id.encode()
-        self._lines: list[str] = []
-
-    def __call__(self, message: str) -> None:
-        _log.info("%s", message)
-        self._lines.append(message.replace("\n", " "))
-        internal_kv._internal_kv_put(self._key, "\n".join(self._lines).encode())
-
-    @staticmethod
-    def read() -> dict[str, list[str]]:
-        """All lines so far, by replica."""
-        values = {key: internal_kv._internal_kv_get(key) or b"" for key in internal_kv._internal_kv_list(PROGRESS_PREFIX)}
-        return {key.removeprefix(PROGRESS_PREFIX).decode(): value.decode().split("\n") for key, value in values.items() if value}
-
-
-def _give_cores_back(config: EngineConfig) -> None:
-    """Ray sets OMP_NUM_THREADS=1 for actors without whole CPUs; torch reads it when it is imported, which is later."""
-    if config.threads is None:
-        os.environ.pop("OMP_NUM_THREADS", None)
-    else:
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)

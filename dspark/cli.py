@@ -1,4 +1,4 @@
-"""The command line: ``dspark serve | status | generate | chat | profile | bench | train | version``, the same as ``python -m dspark``.
+"""The command line: ``dspark serve | generate | chat | bench | train | …`` (``dspark --help``), the same as ``python -m dspark``.
 
 Every configuration key is a flag; command line wins over environment, environment over file. An error that somebody
 can act on is one line on stderr and exit code 2.
@@ -17,10 +17,14 @@ from typing import Any, Literal, get_args, get_origin
 
 from dspark import __version__
 from dspark.config import ServeConfig
-from dspark.config_file import Key, keys, load_config
+from dspark.config_file import DRAFT_TOKEN, Key, keys, load_config
 from dspark.errors import ConfigError, DSparkError
 
 SERVE_LIBRARIES = frozenset({"ray", "fastapi", "grpc", "google", "opentelemetry", "prometheus_client", "starlette", "uvicorn"})
+DRAFT_WORKER_KEYS = frozenset(
+    {"draft_device", "draft_kv_tokens", "tls_ca_file", "tls_cert_file", "tls_key_file", "tls_server_name"}
+    | {f"engine.{name}" for name in ("model", "revision", "drafter", "dtype", "device", "threads", "draft_law_width", "max_num_seqs")}
+)
 BENCH_LIBRARIES = frozenset({"httpx"})
 
 
@@ -103,6 +107,25 @@ def _missing_library(error: ModuleNotFoundError, libraries: frozenset[str], extr
     return ConfigError(f"dspark {extra} needs {error.name}: pip install 'dspark-serve[{extra}]'")
 
 
+def _draft_worker(args: argparse.Namespace) -> int:
+    config = config_from(args)
+    host, _, port = args.listen.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"--listen must be HOST:PORT, not {args.listen!r}")
+    try:
+        from dspark.workers.draft_process import Listen, run_draft_worker
+        from dspark.workers.wire.tls import TlsFiles
+
+        files = (config.tls_ca_file, config.tls_cert_file, config.tls_key_file)
+        tls = TlsFiles(files[0], files[1], files[2], config.tls_server_name) if files[0] and files[1] and files[2] else None
+        engine = config.engine.model_copy(update={"device": config.draft_device or config.engine.device})
+        listen = Listen(host, int(port), os.environ.get(DRAFT_TOKEN, ""), tls)
+        run_draft_worker(engine, config.draft_kv_tokens, listen, lambda line: print(line, flush=True))
+    except ModuleNotFoundError as error:
+        raise _missing_library(error, SERVE_LIBRARIES, "serve") from error
+    return 0
+
+
 def _generate(args: argparse.Namespace) -> int:
     from dspark.terminal import generate
 
@@ -145,6 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(serve, keys())
 
     engine = tuple(key for key in keys() if key.path.startswith("engine."))
+    worker = _command(commands, "draft-worker", _draft_worker, "draft for verifiers elsewhere, without Ray")
+    worker.add_argument("positional_model", nargs="?", metavar="MODEL", help="the target that it drafts for; without it the embedded one")
+    worker.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help=f"port 0: a free one; {DRAFT_TOKEN} is the secret")
+    _add_config(worker, tuple(key for key in keys() if key.path in DRAFT_WORKER_KEYS))
+
     generate = _command(commands, "generate", _generate, "complete prompts in this process")
     generate.add_argument("prompts", nargs="*", metavar="PROMPT", help="one or more; without any, standard input is the prompt")
     generate.add_argument("--chat", action="store_true", help="take each prompt as a user's message, through the chat template")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from dspark.errors import ConfigError
-from dspark.types import Speculation
+from dspark.types import Mode, Speculation
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -133,7 +133,29 @@ class ServeConfig(BaseModel):
     model_name: str | None = Field(default=None, min_length=1, max_length=256, description="name clients ask for; None: the model's own")
     host: str = Field(default="127.0.0.1", min_length=1, description="address the HTTP port binds to")
     port: int = Field(default=8000, ge=1, le=65535, description="HTTP port")
-    num_verifiers: int = Field(default=1, ge=1, le=1024, description="verifier replicas, each with its own engine")
+    num_verifiers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="verifier replicas, each with its own engine",
+        json_schema_extra={"short_flag": "--verifiers"},
+    )
+    topology: Literal["colocated", "disaggregated"] = Field(
+        default="colocated", description="where drafts are made: beside each target, or by draft workers of their own"
+    )
+    num_draft_workers: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="draft workers, if disaggregated; each serves all verifiers",
+        json_schema_extra={"short_flag": "--draft-workers"},
+    )
+    draft_device: str | None = Field(default=None, description="device of draft workers; None: engine.device")
+    draft_kv_tokens: int | None = Field(default=None, ge=64, description="context a draft worker holds, in tokens; None: from free memory")
+    draft_wait_ms: float = Field(default=50.0, ge=0.0, le=10_000.0, description="longest wait of a step for draft workers")
+    draft_fallback: Literal["none", "ngram", "grafted"] = Field(
+        default="none", description="what drafts for requests that no draft worker drafts for in time"
+    )
     num_routers: int = Field(default=1, ge=1, le=256, description="ingress replicas")
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024, le=2**30, description="largest request body; more is refused with 413")
     max_waiting: int = Field(
@@ -152,6 +174,12 @@ class ServeConfig(BaseModel):
         default=None, description="clients must send it as a bearer token; prefer api_key_file or the environment"
     )
     api_key_file: Path | None = Field(default=None, description="file whose first line is the API key")
+    tls_ca_file: Path | None = Field(
+        default=None, description="authority of the processes' certificates: with it the streams between them take mutual TLS"
+    )
+    tls_cert_file: Path | None = Field(default=None, description="certificate chain of every process, PEM")
+    tls_key_file: Path | None = Field(default=None, description="its private key, PEM")
+    tls_server_name: str | None = Field(default=None, description="name in the certificates; None: the address a process listens on")
     show_docs: bool = Field(default=True, description="serve /docs and /openapi.json")
 
     @field_validator("service_classes", mode="before")
@@ -184,6 +212,25 @@ class ServeConfig(BaseModel):
     def _one_key_source(self) -> ServeConfig:
         if self.api_key is not None and self.api_key_file is not None:
             raise ValueError("api_key and api_key_file exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> ServeConfig:
+        files = {"tls_ca_file": self.tls_ca_file, "tls_cert_file": self.tls_cert_file, "tls_key_file": self.tls_key_file}
+        missing = [name for name, file in files.items() if file is None]
+        if 0 < len(missing) < len(files) or (missing and self.tls_server_name is not None):
+            raise ValueError(f"mutual TLS also needs {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_something_to_draft(self) -> ServeConfig:
+        engine = self.engine
+        if self.topology != "disaggregated":
+            return self
+        if engine.drafter in ("none", "ngram") or (engine.drafter == "auto" and engine.model is not None):
+            raise ValueError(f"topology disaggregated needs the folder of a drafter: engine.drafter is {engine.drafter!r}")
+        if Speculation.parse(engine.speculation).mode is Mode.OFF:
+            raise ValueError("topology disaggregated has nothing to draft for: engine.speculation is off")
         return self
 
     def read_api_key(self) -> SecretStr | None:

@@ -61,6 +61,22 @@ class LLM:
         self._open(call_in_own_thread(lambda: load_engine(config, log.info)))
 
     @classmethod
+    def with_draft_workers(cls, addresses: Sequence[str], token: str, *, draft_wait_ms: float = 50.0, **settings: Any) -> LLM:
+        """An LLM whose drafts come from ``dspark draft-worker`` processes at these addresses (host:port), which all know ``token``.
+
+        ``settings`` are the fields of ``EngineConfig``; the workers must have been given the same model, drafter and dtype.
+        """
+        config = engine_config(settings)
+        from dspark.drafting import DraftWorkerFacts
+        from dspark.workers.disaggregated import RemoteDrafting, load_remote_engine
+        from dspark.workers.own_thread import call_in_own_thread
+        from dspark.workers.wire.draft_client import grpc_sessions
+
+        facts = [DraftWorkerFacts(address, address, token) for address in addresses]
+        remote = RemoteDrafting(grpc_sessions("llm"), lambda links: links.set_workers(facts), draft_wait_ms / 1e3)
+        return cls.of(call_in_own_thread(lambda: load_remote_engine(config, remote, log.info)))
+
+    @classmethod
     def of(cls, loaded: Loaded) -> LLM:
         """An LLM around an engine that is already loaded."""
         llm = cls.__new__(cls)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dspark.sampling import SamplingParams
 
@@ -350,6 +350,22 @@ class Drafter(Protocol):
 
     def close(self, request_ids: Sequence[str]) -> None:
         """Forget requests that ended. Preempted requests are not closed."""
+
+
+@runtime_checkable
+class MeasuredDrafter(Protocol):
+    """A drafter that has something to tell beyond its drafts."""
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges by name."""
+
+
+@runtime_checkable
+class DraftsAhead(Protocol):
+    """A drafter that drafts elsewhere while the engine does something else."""
+
+    def round_seconds(self, num_requests: int) -> float:
+        """How long it takes lately from ``propose`` until the drafts of that many requests are there."""
 
 
 class BlockTables(Protocol):

@@ -23,6 +23,7 @@ from dspark.workers.drafter.graft import graft
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
+from dspark.workers.drafter.remote import RemoteDrafter
 from dspark.workers.drafter.target_ends import head_of
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.self_check import SUSPICIOUS, acceptance_on_builtin_text
@@ -46,6 +47,8 @@ from dspark.workers.verifier.survival import make_estimator
 from dspark.workers.verifier.targets import Target, as_target, check_faithful, check_model_folder, load_model, load_tokenizer, own_logits
 
 Progress = Callable[[str], None]
+MakeDrafter = Callable[[EngineConfig, Target, BlockPool], tuple[Drafter, str]]
+LOADING_WAIT_S = 10.0  # for drafts while nobody waits for text: first rounds are slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +62,19 @@ class Loaded:
     describe: dict[str, Any]
 
 
-def load_engine(config: EngineConfig, progress: Progress = lambda _: None, launcher: Launcher | None = None) -> Loaded:
+def load_engine(
+    config: EngineConfig,
+    progress: Progress = lambda _: None,
+    launcher: Launcher | None = None,
+    make_drafter: MakeDrafter | None = None,
+) -> Loaded:
     """Build an engine; ConfigError names the setting that cannot work. The engine must be closed.
 
     With ``tensor_parallel`` or ``expert_parallel`` over 1 this process is the leader, and ``launcher`` starts the other
-    ranks (None: as processes beside this one).
+    ranks (None: as processes beside this one). ``make_drafter``: what drafts, if not this process.
     """
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = config.model or str(prepare(default_cache(), progress))
@@ -74,14 +82,15 @@ def load_engine(config: EngineConfig, progress: Progress = lambda _: None, launc
     shown = f"loading {config.model or DEFAULT_MODEL_NAME} as {_name(dtype)} on {device}"
     if config.num_ranks > 1:
         progress(f"{shown}, on {config.num_ranks} ranks (tensor {config.tensor_parallel} x expert {config.expert_parallel})")
-        return _load_parallel(config, _leader_spec(config, folder, dtype, device), launcher or ProcessLauncher(), progress)
+        spec = _leader_spec(config, folder, dtype, device)
+        return _load_parallel(config, spec, launcher or ProcessLauncher(), progress, make_drafter)
     progress(shown)
     model = load_model(folder, dtype, device, config.revision)
     target = as_target(model, config.model or DEFAULT_MODEL_NAME)
     reference = own_logits(model)
     if fuse(target):
         check_faithful(target, reference)
-    return assemble(target, load_tokenizer(folder, config.revision), config, progress)
+    return assemble(target, load_tokenizer(folder, config.revision), config, progress, make_drafter)
 
 
 def _leader_spec(config: EngineConfig, folder: str, dtype: torch.dtype, device: torch.device) -> RankSpec:
@@ -108,31 +117,35 @@ def _leader_spec(config: EngineConfig, folder: str, dtype: torch.dtype, device: 
     )
 
 
-def _load_parallel(config: EngineConfig, spec: RankSpec, launcher: Launcher, progress: Progress) -> Loaded:
+def _load_parallel(
+    config: EngineConfig, spec: RankSpec, launcher: Launcher, progress: Progress, make_drafter: MakeDrafter | None
+) -> Loaded:
     """An engine whose target is spread over ranks; they end with it, or with an error here."""
     ranks = Ranks(spec, launcher)
     with ranks.loading():
         target = ranks.load_target()
-        return assemble(target, load_tokenizer(spec.model, spec.revision), config, progress)
+        return assemble(target, load_tokenizer(spec.model, spec.revision), config, progress, make_drafter)
 
 
-def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Progress = lambda _: None) -> Loaded:
+def assemble(
+    target: Target, tokenizer: Any, config: EngineConfig, progress: Progress = lambda _: None, make_drafter: MakeDrafter | None = None
+) -> Loaded:
     """An engine around a loaded target."""
     kv_tokens = kv_capacity(config.kv_tokens, target) if target.ranks is None else target.ranks.agree_on_kv(target)
     max_model_len = _max_model_len(config, target, kv_tokens)
     pool = BlockPool(kv_tokens // BLOCK_SIZE)
-    drafter, drafter_name = _drafter(config, target, pool)
+    drafter, drafter_name = (make_drafter or _drafter)(config, target, pool)
     driver = ("overlapped" if target.device.type == "cuda" else "plain") if config.driver == "auto" else config.driver
     options = EngineOptions(
         max_model_len=max_model_len,
         limits=Limits(config.max_num_seqs, max(config.max_batch_tokens, config.max_num_seqs), config.prefix_cache),
         max_queued=config.max_queued,
         speculation=Speculation.parse(config.speculation),
-        auto_trees=isinstance(drafter, LocalDrafter),
+        auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter),
         overlapped=driver == "overlapped",
     )
     options = dataclasses.replace(options, graphs=_graphs(config, target, options, drafter))
-    engine = Engine(target, pool, drafter, options, tokenizer)
+    engine = Engine(target, pool, drafter, dataclasses.replace(options, draft_wait_s=LOADING_WAIT_S), tokenizer)
     engine.runner.prepare(progress)
     _check_drafter(engine, tokenizer, drafter_name, progress)
     survival = _survival(config, drafter, drafter_name)
@@ -141,6 +154,7 @@ def assemble(target: Target, tokenizer: Any, config: EngineConfig, progress: Pro
         engine.set_costs(_costs(engine, config, drafter_name, progress))
     elif drafter.block_size and options.speculation.mode in (Mode.ADAPTIVE, Mode.SHADOW):
         progress("WARNING: no step-cost table (profile: false): adaptive speculation verifies every drafted token")
+    engine.options = options
     effective = config.model_copy(
         update={
             "drafter": drafter_name,
@@ -239,7 +253,8 @@ def _describe(engine: Engine, config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The device that a configuration names; ConfigError if this machine has no such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -251,7 +266,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a configuration names."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]  # the names are checked by EngineConfig
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
@@ -274,15 +290,22 @@ def _max_model_len(config: EngineConfig, target: Target, kv_tokens: int) -> int:
 
 def _drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Drafter, str]:
     """The drafter that the configuration names, and the name that says what ``auto`` became."""
-    name = config.drafter
-    if Speculation.parse(config.speculation).mode is Mode.OFF or name == "none":
+    name = resolve_drafter(config)
+    if name == "none":
         return NoDrafter(), "none"
-    if name == "auto":
-        embedded = default_drafter() if config.model is None else None
-        name = str(embedded) if embedded is not None else "ngram"
     if name == "ngram":
         return NgramDrafter(), "ngram"
     return _local_drafter(Path(name), config, target, pool), name
+
+
+def resolve_drafter(config: EngineConfig) -> str:
+    """What ``auto`` becomes: none, ngram, or the folder of a module."""
+    if Speculation.parse(config.speculation).mode is Mode.OFF:
+        return "none"
+    if config.drafter != "auto":
+        return config.drafter
+    embedded = default_drafter() if config.model is None else None
+    return str(embedded) if embedded is not None else "ngram"
 
 
 def _local_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool) -> Drafter:
@@ -310,6 +333,9 @@ def _check_drafter(engine: Engine, tokenizer: Any, name: str, progress: Progress
     if not engine.drafter.taps or tokenizer is None:
         return
     length = acceptance_on_builtin_text(engine, tokenizer)
+    if length is None:
+        progress(f"WARNING: drafter {name!r} was not checked: no drafts came")
+        return
     progress(f"drafter check: {length:.2f} tokens a round on built-in text")
     if length < SUSPICIOUS:
         progress(

@@ -20,8 +20,11 @@ MAX_TOKENS = 32
 SUSPICIOUS = 1.1  # tokens a round; a drafter trained for this target is well above on plain text
 
 
-def acceptance_on_builtin_text(engine: Engine, tokenizer: Any) -> float:
-    """Tokens a round (tau) of greedy generation on built-in text with every draft verified; leaves the engine as it was."""
+def acceptance_on_builtin_text(engine: Engine, tokenizer: Any) -> float | None:
+    """Tokens a round (tau) of greedy generation on built-in text with every draft verified; None if no draft came.
+
+    Leaves the engine as it was.
+    """
     assert not engine.has_work
     speculation = Speculation(Mode.STATIC, engine.drafter.block_size)
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
@@ -33,4 +36,4 @@ def acceptance_on_builtin_text(engine: Engine, tokenizer: Any) -> float:
         engine.step()
     counters, engine.counters = engine.counters, before
     engine.pool.clear_cache()
-    return 1.0 + counters.accepted / max(1, counters.drafted_rounds)
+    return 1.0 + counters.accepted / counters.drafted_rounds if counters.drafted_rounds else None

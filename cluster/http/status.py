@@ -47,7 +47,9 @@ def cluster_status(service: Service, around: Around) -> dict[str, Any]:
     fleet = service.dispatcher.fleet
     statuses = fleet.statuses
     healthy = sum(status.healthy for status in statuses)
-    by_replica = {(labels["replica"], labels["met"]): value for labels, value in _series(families, "dspark_replica_budget_requests_total")}
+    by_replica: dict[tuple[str, ...], float] = {
+        (labels["replica"], labels["met"]): value for labels, value in _series(families, "dspark_replica_budget_requests_total")
+    }
     in_flight = sum(value for _, value in _series(families, "dspark_in_flight"))
     return {
         "status": "draining" if service.dispatcher.is_draining else "ok" if healthy else "no verifier makes progress",
@@ -110,7 +112,7 @@ def _scaling(decision: Decision) -> dict[str, Any]:
 
 def _classes(service: Service, families: Sequence[Family]) -> list[dict[str, Any]]:
     """Each class, and requests of no class that had a budget, with what was met since the start of the routers."""
-    counts = {
+    counts: dict[tuple[str, ...], float] = {
         (labels["service_class"], labels["budget"], labels["met"]): value
         for labels, value in _series(families, "dspark_budget_requests_total")
     }

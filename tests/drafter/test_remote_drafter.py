@@ -16,7 +16,7 @@ from dspark.drafting import DraftLayout
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, DraftTurn
 from dspark.workers.drafter import remote
-from dspark.workers.drafter.draft_links import PAUSE_S, STUCK_S, DraftLinks, preferred
+from dspark.workers.drafter.draft_links import PAUSE_S, STUCK_S, DraftLinks, RoundTimes, preferred
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.remote import RemoteDrafter
@@ -139,15 +139,28 @@ def test_each_miss_in_a_row_doubles_the_pause() -> None:
         assert link.is_usable(10.0)
 
 
+def test_round_times_are_learned() -> None:
+    times = RoundTimes()
+    assert times(5) == 0.0
+    times.observe(4, 2.0)
+    assert times(8) == times(4) == 2.0, "one size says nothing about others"
+    for count in (2, 4, 6, 8) * 20:
+        times.observe(count, 1.0 + 0.25 * count)
+    assert [times(count) for count in (1, 4, 16)] == pytest.approx([1.25, 2.0, 5.0], rel=0.02)
+    for count in (2, 4, 6, 8) * 100:
+        times.observe(count, 8.0 - 0.5 * count)
+    assert times(2) == times(8), "more requests never take less time"
+
+
 def test_a_worker_that_lives_but_does_not_answer_is_connected_to_afresh() -> None:
     now = 0.0
     with draft_workers(MODULE, "w0") as workers:
         workers.network.faults["w0"].drop = 1.0
         links = DraftLinks(layout_of(MODULE), workers.network.open_session, clock=lambda: now)
         links.set_workers(workers.facts)
-        assert links.wait_connected(5)
+        assert links.wait_connected(5) is None
         (link,) = links.links
-        link.send([], now, lambda: None)
+        link.send([], lambda: None)
         now = STUCK_S
         assert links.usable() == {"w0": link}
         now = STUCK_S + 0.1
@@ -161,10 +174,10 @@ def test_an_answer_says_that_earlier_batches_are_lost() -> None:
         links = workers.connect()
         (link,) = links.links
         workers.network.faults["w0"].drop = 1.0
-        lost = [link.send([], 0.0, lambda: None) for _ in range(3)]
+        lost = [link.send([], lambda: None) for _ in range(3)]
         workers.network.faults["w0"].drop = 0.0
         assert set(lost) == set(link.pending)
-        links.wait_answered([(link, link.send([], 0.0, lambda: None))], 5)
+        links.wait_answered([(link, link.send([], lambda: None))], 5)
         assert not link.pending
 
 
@@ -365,22 +378,35 @@ def test_a_worker_of_another_layout_is_refused_by_name(caplog: pytest.LogCapture
         layout = layout_of(MODULE)
         wrong = DraftLayout(layout.target, "another", layout.dtype, layout.feature_width, layout.block_size, layout.vocab_size)
         links = DraftLinks(wrong, workers.network.open_session)
+        assert links.wait_connected(0.05) == "none within 0.05 s"
         links.set_workers(workers.facts)
         eventually(lambda: "drafter is 'drafter' here and 'another' there" in caplog.text, "the refusal")
-        assert not links.wait_connected(0.3)
+        started = time.monotonic()
+        assert "another" in (links.wait_connected(5.0) or "")
+        assert time.monotonic() - started < 2.0, "there is nothing to wait for"
         links.close()
 
 
-def test_workers_that_are_not_named_any_more_are_left() -> None:
+def test_workers_that_are_not_named_any_more_are_used_to_their_end() -> None:
     with draft_workers(MODULE, "w0", "w1") as workers:
         links = workers.connect()
         links.set_workers(workers.facts[:1])
-        eventually(lambda: [link.worker_id for link in links.links] == ["w0"], "leaving w1")
+        assert set(links.usable()) == {"w0"}
         links.set_workers(workers.facts)
-        eventually(lambda: len(links.links) == 2, "coming back")
+        assert set(links.usable()) == {"w0", "w1"}
+        links.set_workers([])
+        assert set(links.usable()) == {"w0", "w1"}, "better than none"
+        workers.network.kill("w1")
+        workers.network.revive("w1")
+        time.sleep(0.3)
+        assert set(links.usable()) == {"w0"}, "it is not connected to again"
+        moved = dataclasses.replace(workers.facts[0], address="local:elsewhere")
+        (before,) = links.links
+        links.set_workers([moved])
+        eventually(lambda: links.links not in ([], [before]) and not before.is_open, "the new process under the old name")
         links.close()
-        eventually(lambda: not links.links, "closing")
         eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("draft-worker-")], "the threads' end")
+        assert links.links == []
 
 
 def test_requests_spread_and_stay() -> None:

@@ -9,7 +9,7 @@ from helpers.scripted import ScriptedHost
 from ray.serve import Application
 
 from dspark.cluster.app import as_config, assemble
-from dspark.cluster.verifier import Ready
+from dspark.cluster.verifier import Drafting, Ready
 from dspark.config import EngineConfig
 
 STEP_S = 0.01
@@ -20,7 +20,7 @@ class Host(ScriptedHost):
         """The thread runs since construction."""
 
 
-def load(config: EngineConfig, progress: Callable[[str], None]) -> Ready:
+def load(config: EngineConfig, progress: Callable[[str], None], drafting: Drafting | None) -> Ready:
     """One token every ``STEP_S`` for each of ``max_num_seqs`` requests."""
     progress("loading nothing")
     host = Host(step_s=STEP_S, per_step=1, max_running=config.max_num_seqs, num_blocks=4096, vocab=1000)
@@ -29,4 +29,4 @@ def load(config: EngineConfig, progress: Callable[[str], None]) -> Ready:
 
 def build(args: Mapping[str, Any]) -> Application:
     """As ``build_colocated``, with scripted verifiers."""
-    return assemble(as_config(args), load)
+    return assemble(as_config(args, "colocated"), load)

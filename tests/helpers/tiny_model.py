@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from helpers.draft_modules import random_module
 from helpers.toy_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from dspark.workers.drafter.dialects import save_drafter
+from dspark.workers.verifier.targets import as_target, load_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
@@ -30,4 +34,11 @@ def save_tiny_model(folder: Path, max_len: int = 512) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_tiny_drafter(model: Path, folder: Path) -> Path:
+    """Write a drafter with random weights for the model in ``model``: its drafts are noise, and hardly ever accepted."""
+    target = as_target(load_model(str(model), torch.float32, torch.device("cpu")), "tiny")
+    save_drafter(folder, random_module(target, target_layer_ids=(0, 1)))
     return folder

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
+from helpers.certificates import make_authority, make_certificate
 from helpers.scripted import ScriptedHost, continuation
 
 from dspark.errors import BadRequest, Overloaded, ProtocolMismatch, WorkerLost
@@ -21,6 +23,7 @@ from dspark.workers.wire.dspark_pb2_grpc import VerifierStub
 from dspark.workers.wire.link import Flight, Link
 from dspark.workers.wire.local import LocalLink
 from dspark.workers.wire.server import WireServer
+from dspark.workers.wire.tls import TlsFiles
 
 PROMPT = (1, 2, 3)
 
@@ -429,6 +432,27 @@ def test_one_message_carries_a_whole_round() -> None:
             assert (await session.outbox.get()).WhichOneof("kind") == "accepted"
         message = await session.outbox.get()
         assert len(message.outcomes.outcomes) == 4
+        host.close()
+
+    run(test)
+
+
+def test_mutual_tls(tmp_path: Path) -> None:
+    authority = make_authority(tmp_path / "authority")
+    pair = make_certificate(authority, tmp_path / "process", "dspark")
+    files = TlsFiles(authority.certificate, pair.certificate, pair.key, "dspark")
+
+    async def test() -> None:
+        host = ScriptedHost()
+        server = WireServer(host, "v0", "model", "secret", files)
+        address = await server.start()
+        link = GrpcLink("v0", address, "secret", "test", "model", files)
+        await link.open(5)
+        assert (await collect(await link.submit(request("a"))))[0] == continuation(PROMPT, 20)
+        await link.close()
+        with pytest.raises(WorkerLost):
+            await GrpcLink("v0", address, "secret", "test", "model").open(1)
+        await server.stop()
         host.close()
 
     run(test)

@@ -68,6 +68,7 @@ def load_projection(folder: Path, head: TargetHead, dtype: torch.dtype, device: 
     with torch.device("meta"):
         projection = FeatureProjection(config)
     _assign(folder, projection, checkpoint.read_tensors(folder, dtype, device, projection.state_dict().keys()))
+    projection.signals = read_signals(folder, config.block_size, config.has_confidence)
     return projection.requires_grad_(False).eval()
 
 

@@ -24,6 +24,7 @@ class FeatureProjection(nn.Module):
         self.fc = nn.Linear(len(config.target_layer_ids) * d, d, bias=False)
         # An EAGLE-3 layer normalises features itself.
         self.hidden_norm = None if config.is_autoregressive else RMSNorm(d, config.rms_norm_eps)
+        self.signals = default_signals(config.has_confidence)  # how the drafter's trees are to be read
 
     def project(self, taps: Tensor) -> Tensor:
         """Context features [N, d] of concatenated taps [N, m * d]."""
@@ -40,7 +41,6 @@ class GraftedModule(FeatureProjection):
         self._shared = head
         self._lm_head = head.lm_head.detach()
         self._target_ids: Tensor | None = None
-        self.signals = default_signals(config.has_confidence)
 
     def use_draft_vocabulary(self, target_ids: Tensor | None, lm_head: Tensor | None) -> None:
         """Predict only ``target_ids`` [Vd] (None: all), with rows of the target's head, or with an own ``lm_head`` [Vd, d]."""

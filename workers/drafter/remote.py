@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dspark.drafting import DraftBatch, Held
 from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn
-from dspark.workers.drafter.calibration import default_signals
-from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, preferred
+from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, Round, RoundTimes, preferred
 from dspark.workers.drafter.feature_store import FeatureStore
 from dspark.workers.drafter.grafted import FeatureProjection
 from dspark.workers.drafter.local import num_usable
@@ -68,11 +67,13 @@ class RemoteDrafter:
         config, weight = projection.config, projection.fc.weight
         self.block_size = config.block_size
         self.taps = config.target_layer_ids
-        self.signals = default_signals(config.has_confidence)
+        self.signals = projection.signals
         self.projection = projection
         self.links = links
         self.store = FeatureStore(tables, config.hidden_size, weight.dtype, weight.device)
         self.counters = RemoteCounters()
+        self.on_round: Callable[[Round], None] | None = None  # hears of every answered batch
+        self._times = RoundTimes()
         self._fallback = fallback
         self._requests: dict[str, _Request] = {}
 
@@ -122,6 +123,10 @@ class RemoteDrafter:
             link.close_requests(ids)
         if self._fallback is not None:
             self._fallback.close(request_ids)
+
+    def round_seconds(self, num_requests: int) -> float:
+        """How long it takes lately from ``propose`` until the drafts of that many requests are there."""
+        return self._times(num_requests)
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges for metrics."""
@@ -192,7 +197,7 @@ class RemoteDrafter:
         features, wait_ready = self._read([span for span in spans if span[2]])
         parts = iter(torch.split(features, [count for _, _, count in spans if count]))
         turns = [_turn(request, next(parts) if count else None, count) for request, (_, _, count) in zip(requests, spans, strict=True)]
-        seq = link.send(turns, self.links.clock(), wait_ready)
+        seq = link.send(turns, wait_ready)
         for request, turn, (_, _, count) in zip(requests, turns, spans, strict=True):
             request.tokens_sent = turn.base_len
             request.features_sent += count
@@ -237,8 +242,8 @@ class RemoteDrafter:
     def _absorb(self) -> None:
         """Take in what the workers have answered."""
         for link in self.links.links:
-            for batch in link.take():
-                self.counters.worker_s += batch.seconds
+            for batch, round_ in link.take():
+                self._note(round_)
                 for held in batch.held:
                     self._correct(link, batch, held)
                 for tree in batch.trees:
@@ -247,6 +252,13 @@ class RemoteDrafter:
                         self.counters.stale += 1
                     else:
                         request.tree = tree
+
+    def _note(self, round_: Round) -> None:
+        self.counters.worker_s += round_.worker_s
+        if round_.num_drafting:
+            self._times.observe(round_.num_drafting, round_.answered_s - round_.sent_s)
+        if self.on_round is not None:
+            self.on_round(round_)
 
     def _correct(self, link: DraftLink, batch: DraftBatch, held: Held) -> None:
         """Go on from what the worker holds."""

@@ -122,12 +122,16 @@ class DraftPlanner:
         return self._last_depth
 
     def typical_seconds(self, num_rows: int, context: int) -> float:
-        """Seconds of a step of that many decoding requests with as many drafts each as the last steps had; 0 without a table."""
+        """Seconds of drafting and verifying for that many requests with as many drafts each as the last steps had; 0 without a table."""
         if self.costs is None or not num_rows:
             return 0.0
-        table = self.costs.table
-        drafting = table.draft_seconds(num_rows, self._last_depth, context)
-        return table.step_seconds(round(num_rows * (1.0 + self._drafts_a_row)), context) + drafting
+        return self.verify_seconds(num_rows, context) + self.costs.table.draft_seconds(num_rows, self._last_depth, context)
+
+    def verify_seconds(self, num_rows: int, context: int) -> float:
+        """The verification alone."""
+        if self.costs is None:
+            return 0.0
+        return self.costs.table.step_seconds(round(num_rows * (1.0 + self._drafts_a_row)), context)
 
     def _take_all(self, share: Share, left: int) -> None:
         share.num_draft = share.num_commit = min(num_drafted(share.sequence), left)

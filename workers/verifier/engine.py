@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dspark.errors import BadRequest, Overloaded
 from dspark.kernels.buckets import pad_rows
-from dspark.types import Drafter, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
+from dspark.types import Drafter, DraftsAhead, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.aside import Aside
+from dspark.workers.verifier.cohorts import Cohorts
 from dspark.workers.verifier.costs import CostTable, LiveCosts
 from dspark.workers.verifier.counters import EngineCounters
 from dspark.workers.verifier.draft_planner import DraftPlanner
@@ -118,6 +119,8 @@ class Engine:
         self.scheduler = Scheduler(pool, options.limits, self.drafts, self.runner.padded)
         self.shapes = ShapePolicy(options.auto_trees)
         self.tree_nodes = 0  # that drafts of adaptive requests may have now
+        self.cohorts = Cohorts()
+        self.on_step: Callable[[VerifyPlan, StepTimes], None] | None = None  # hears of every step when it is judged
         self.aside = Aside()
         self.judge: Judge = judge
         self.counters = EngineCounters()
@@ -196,6 +199,7 @@ class Engine:
         """Run one round for everything that is admitted; one outcome for each request that got tokens or ended."""
         times = StepTimes(self.clock())
         self.scheduler.choose(times.begin_s)
+        self._take_turns()
         times.num_drafting, times.depth = self._collect()
         times.drafted_s = self.clock()
         plan = self.scheduler.plan(times.drafted_s, times.draft_s)
@@ -206,6 +210,8 @@ class Engine:
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
         times.judged_s = self.clock()
+        if self.on_step is not None:
+            self.on_step(plan, times)
         record = self._record(plan, times, verdicts)
         if self.options.overlapped:
             self.aside.run(partial(self._learn, record))
@@ -215,6 +221,17 @@ class Engine:
         self._propose(advances, ended, result.taps)
         self._forget(ended)
         return outcomes
+
+    def _take_turns(self) -> None:
+        """Where drafts are made elsewhere, let one of two cohorts sit the step out if that is predicted to pay."""
+        if not isinstance(self.drafter, DraftsAhead) or self.drafts.costs is None:
+            return
+        drafted = {s.id: s.num_computed for s in self.scheduler.chosen if s.drafts_wanted}
+        context = sum(drafted.values()) // max(1, len(drafted))
+        takes_part = self.cohorts.choose(
+            list(drafted), lambda count: self.drafts.verify_seconds(count, count * context), self.drafter.round_seconds
+        )
+        self.scheduler.chosen = [s for s in self.scheduler.chosen if s.id not in drafted or s.id in takes_part]
 
     def _collect(self) -> tuple[int, int]:
         """Attach the drafts that are ready; a stale or missing one is no draft. Returns how many were asked for, how deep."""

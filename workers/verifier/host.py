@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from dspark.errors import BadRequest, DSparkError, WorkerLost
-from dspark.types import Finish, ReplicaView, Request, SpeculationState, StepOutcome
+from dspark.types import Finish, MeasuredDrafter, ReplicaView, Request, SpeculationState, StepOutcome
 from dspark.workers.verifier.activity import RecentDrafts
 from dspark.workers.verifier.engine import Engine, abort_outcome
 from dspark.workers.verifier.sequence import Sequence as Waiting
@@ -144,6 +144,7 @@ class EngineHost:
             "timed_steps_total": counters.timed_steps,
             "step_seconds_total": counters.step_seconds,
             "predicted_seconds_total": counters.predicted_seconds,
+            **(engine.drafter.stats() if isinstance(engine.drafter, MeasuredDrafter) else {}),
             **{f'verified_window_total{{drafts="{k}"}}': count for k, count in enumerate(counters.windows)},
             **counters.accepted_by_position(),
             **engine.survival.stats(),

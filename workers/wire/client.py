@@ -24,6 +24,7 @@ from dspark.workers.wire.codec import (
 )
 from dspark.workers.wire.dspark_pb2_grpc import VerifierStub
 from dspark.workers.wire.link import Link
+from dspark.workers.wire.tls import TlsFiles
 
 TOKEN_KEY: Final = "dspark-token"
 SILENCE_S: Final = 30.0  # views come four times a second: half a minute without a word means that the process is stuck
@@ -42,10 +43,12 @@ class GrpcLink(Link):
     """The stream to the verifier at ``address``; ``token`` is the secret that the verifier gave out through Serve.
 
     ``fingerprint`` names the model this router expects; a verifier with another one is refused as ``ProtocolMismatch``.
+    ``tls`` secures the stream.
     """
 
-    def __init__(self, replica_id: str, address: str, token: str, session: str, fingerprint: str = "") -> None:
+    def __init__(self, replica_id: str, address: str, token: str, session: str, fingerprint: str = "", tls: TlsFiles | None = None) -> None:
         super().__init__(replica_id, address)
+        self._tls = tls
         self._token = token
         self._hello = pb.Hello(protocol=PROTOCOL, session=session, fingerprint=fingerprint)
         self._outbox: asyncio.Queue[pb.Up] = asyncio.Queue()
@@ -53,7 +56,11 @@ class GrpcLink(Link):
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, timeout_s: float) -> None:
-        self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+        if self._tls is None:
+            self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+        else:
+            options = (*_OPTIONS, *self._tls.channel_options())
+            self._channel = grpc.aio.secure_channel(self.address, self._tls.channel_credentials(), options=options)
         stub = VerifierStub(self._channel)  # type: ignore[no-untyped-call]  # generated without types
         call = stub.Session(metadata=((TOKEN_KEY, self._token),))
         try:

@@ -118,7 +118,7 @@ class GrpcDraftSession:
         welcome, worker_id = message.welcome, self._facts.worker_id
         if message.WhichOneof("kind") != "welcome" or welcome.protocol != DRAFT_PROTOCOL:
             raise ProtocolMismatch(f"draft worker {worker_id} speaks protocol {welcome.protocol}, this verifier {DRAFT_PROTOCOL}")
-        if welcome.worker_id != worker_id:
+        if welcome.worker_id and welcome.worker_id != worker_id:  # one that stands alone goes by its address
             raise ProtocolMismatch(f"{self._facts.address} is draft worker {welcome.worker_id} now, not {worker_id}")
 
     def _take(self, message: pb.Down) -> None:

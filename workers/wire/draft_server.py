@@ -29,7 +29,7 @@ from dspark.workers.wire.drafting_codec import (
     turns_from_wire,
 )
 from dspark.workers.wire.drafting_pb2_grpc import DraftWorkerServicer, add_DraftWorkerServicer_to_server
-from dspark.workers.wire.server import check_token
+from dspark.workers.wire.server import add_port, check_token
 from dspark.workers.wire.tls import TlsFiles
 
 HELLO_TIMEOUT_S: Final = 10.0
@@ -98,7 +98,7 @@ class _Session:
 
 
 class DraftWireServer(DraftWorkerServicer):
-    """Serves ``host``; verifiers must send ``token`` and have the host's layout."""
+    """Serves ``host``; verifiers must send ``token`` and have the host's layout. An empty ``worker_id`` fits every address."""
 
     def __init__(self, host: DraftHost, worker_id: str, token: str, tls: TlsFiles | None = None) -> None:
         self._host = host
@@ -116,10 +116,7 @@ class DraftWireServer(DraftWorkerServicer):
         self._server = grpc.aio.server(options=OPTIONS)
         add_DraftWorkerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]  # generated without types
         host = f"[{bind}]" if ":" in bind else bind
-        if self._tls is None:
-            port = self._server.add_insecure_port(f"{host}:{port}")
-        else:
-            port = self._server.add_secure_port(f"{host}:{port}", self._tls.server_credentials())
+        port = add_port(self._server, f"{host}:{port}", self._tls)
         await self._server.start()
         self._ticker = asyncio.create_task(self._tick())
         return f"{host}:{port}"

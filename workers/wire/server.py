@@ -37,6 +37,7 @@ from dspark.workers.wire.codec import (
 )
 from dspark.workers.wire.dspark_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
 from dspark.workers.wire.link import Host
+from dspark.workers.wire.tls import TlsFiles
 
 VIEW_PERIOD_S: Final = 0.25
 HELLO_TIMEOUT_S: Final = 10.0
@@ -132,11 +133,12 @@ class _Session:
 class WireServer(VerifierServicer):
     """Serves ``host`` on ``bind``; routers must send ``token`` and expect ``fingerprint``, or none."""
 
-    def __init__(self, host: Host, replica_id: str, fingerprint: str, token: str) -> None:
+    def __init__(self, host: Host, replica_id: str, fingerprint: str, token: str, tls: TlsFiles | None = None) -> None:
         self._host = host
         self._replica_id = replica_id
         self._fingerprint = fingerprint
         self._token = token.encode()
+        self._tls = tls
         self._sessions: set[_Session] = set()
         self._is_draining = False
         self._server: grpc.aio.Server | None = None
@@ -148,7 +150,7 @@ class WireServer(VerifierServicer):
         self._server = grpc.aio.server(options=_OPTIONS)
         add_VerifierServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]  # generated without types
         host = f"[{bind}]" if ":" in bind else bind
-        self.address = f"{host}:{self._server.add_insecure_port(f'{host}:0')}"
+        self.address = f"{host}:{add_port(self._server, f'{host}:0', self._tls)}"
         await self._server.start()
         self._ticker = asyncio.create_task(self._tick())
         return self.address
@@ -250,6 +252,13 @@ class WireServer(VerifierServicer):
         message = pb.Down(view=status_to_wire(self.status()))
         for session in self._sessions:
             session.put(message)
+
+
+def add_port(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
+    """Let a server listen on an address, with mutual TLS if there is any; returns the port."""
+    if tls is None:
+        return int(server.add_insecure_port(address))
+    return int(server.add_secure_port(address, tls.server_credentials()))
 
 
 async def check_token(context: grpc.aio.ServicerContext[Any, Any], token: bytes) -> None:

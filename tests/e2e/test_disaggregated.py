@@ -1,0 +1,84 @@
+"""``dspark serve --topology disaggregated``: OpenAI's client gets its text, whatever becomes of the draft workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from helpers.draft_workers import eventually
+from helpers.servers import Server
+from helpers.tiny_model import save_tiny_drafter, save_tiny_model
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = ["--dtype", "float32", "--kv-tokens", "8192", "--no-profile", "--speculation", "static:4", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_drafter(save_tiny_model(folder / "tiny", max_len=2048), folder / "draft")
+    topology = ["--topology", "disaggregated", "--verifiers", "2", "--draft-workers", "1", "--draft-kv-tokens", "8192"]
+    running = Server(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *topology, *SETTINGS, "--drain-s", "20")
+    try:
+        yield running.wait()
+    finally:
+        running.stop()
+        left = running.processes()
+    assert not left, f"processes outlived the server: {left}"
+
+
+def complete(server: Server, prompt: str, **more: object) -> str:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 300, "temperature": 0.0, "extra_body": {"ignore_eos": True}} | more
+    return "".join(chunk.choices[0].text for chunk in client.completions.create(stream=True, **body))  # type: ignore[call-overload]
+
+
+def plain(server: Server, prompt: str) -> str:
+    return complete(server, prompt, extra_body={"ignore_eos": True, "speculation": "off"})
+
+
+def draft_workers(server: Server) -> list[int]:
+    return [pid for pid, command in server.processes().items() if "ServeReplica:dspark:DraftWorker" in command]
+
+
+def total(server: Server, name: str) -> float:
+    return sum(server.metrics(name).values())
+
+
+def test_drafts_come_from_the_draft_worker(disaggregated: Server) -> None:
+    prompts = [f"request {i}" for i in range(6)]
+    assert [complete(disaggregated, prompt) for prompt in prompts] == [plain(disaggregated, prompt) for prompt in prompts]
+    assert disaggregated.metrics("dspark_draft_workers") == dict.fromkeys(disaggregated.metrics("dspark_draft_workers"), 1.0)
+    eventually(lambda: total(disaggregated, "dspark_draft_trees_total") > 6 * 200, "telling of drafts", 5)
+    assert total(disaggregated, "dspark_draft_bytes_sent_total") > 0
+    assert "draft workers: context of 8192 tokens, float32 on cpu (1 x this)" in disaggregated.log.read_text()
+
+
+def test_text_goes_on_when_the_draft_worker_is_killed(disaggregated: Server) -> None:
+    expected = plain(disaggregated, "killed")
+    (worker,) = draft_workers(disaggregated)
+    text, client = "", openai.OpenAI(base_url=f"{disaggregated.url}/v1", api_key="none")
+    stream = client.completions.create(
+        model="tiny", prompt="killed", max_tokens=300, temperature=0.0, extra_body={"ignore_eos": True}, stream=True
+    )
+    for number, chunk in enumerate(stream):
+        text += chunk.choices[0].text
+        if number == 20:
+            os.kill(worker, signal.SIGKILL)
+    assert text == expected
+    assert httpx.get(f"{disaggregated.url}/health").status_code == 200
+    eventually(lambda: draft_workers(disaggregated) not in ([], [worker]), "Serve's replacing the draft worker", 60)
+    eventually(lambda: set(disaggregated.metrics("dspark_draft_workers").values()) == {1.0}, "finding it", 60)
+    before = total(disaggregated, "dspark_draft_trees_total")
+    assert complete(disaggregated, "after") == plain(disaggregated, "after")
+    eventually(lambda: total(disaggregated, "dspark_draft_trees_total") > before + 200, "drafting again", 5)
+    assert total(disaggregated, "dspark_replays_total") == 0
+
+
+def test_nothing_is_left_at_the_workers(disaggregated: Server) -> None:
+    eventually(lambda: total(disaggregated, "dspark_num_free_blocks") == total(disaggregated, "dspark_num_blocks"), "freeing blocks", 10)

@@ -1,4 +1,4 @@
-"""``dspark bench offline | online | mixed | planner | router | survival | inflate | report``: flags in, tables and JSON lines out."""
+"""``dspark bench`` and its parts: flags in, tables and JSON lines out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
+from dspark.bench.cohorts import CohortsPlan, draft_worker, run_cohorts
 from dspark.bench.compare import ComparePlan, run_compare
-from dspark.bench.flags import COMPARE_DEFAULTS, LOAD_DEFAULTS, Command, make_parser, settle
+from dspark.bench.flags import COMPARE_DEFAULTS, LOAD_DEFAULTS, TOPOLOGY_DEFAULTS, Command, make_parser, settle
 from dspark.bench.http_client import Ask
 from dspark.bench.load import Load
 from dspark.bench.metrics import Limits
@@ -20,6 +21,7 @@ from dspark.bench.offline import OfflinePlan, check_lossless, run_offline
 from dspark.bench.online import OnlinePlan, run_online
 from dspark.bench.planner_time import run_planner
 from dspark.bench.plots import draw
+from dspark.bench.prompt_sets import load_set
 from dspark.bench.report import report
 from dspark.bench.results import offline, read_lines
 from dspark.bench.router import RouterPlan, run_router
@@ -28,6 +30,7 @@ from dspark.bench.server_process import free_port, running, serve_command
 from dspark.bench.survival_replay import FULL, ReplayPlan, run_replay
 from dspark.bench.sweep import Held, make_levels
 from dspark.bench.synthetic import SyntheticAcceptance
+from dspark.bench.topologies import TopologiesPlan, Topology, arrange, run_topologies
 from dspark.bench.widen import Shape
 from dspark.errors import ConfigError
 
@@ -81,9 +84,13 @@ def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
 def _online(args: argparse.Namespace) -> int:
     ask = Ask(args.model or "", args.max_tokens, args.temperature, args.ignore_eos, args.endpoint == "chat")
     if args.compare_in_process:
-        settle(args, COMPARE_DEFAULTS, LOAD_DEFAULTS, "cannot be used with --compare-in-process")
+        settle(args, COMPARE_DEFAULTS, {**LOAD_DEFAULTS, **TOPOLOGY_DEFAULTS}, "cannot be used with --compare-in-process")
         return _compare(args, ask)
-    settle(args, LOAD_DEFAULTS, COMPARE_DEFAULTS, "can only be used with --compare-in-process: a server has its own settings")
+    if args.compare_topologies:
+        settle(args, {**COMPARE_DEFAULTS, **TOPOLOGY_DEFAULTS}, LOAD_DEFAULTS, "cannot be used with --compare-topologies")
+        return _topologies(args, ask)
+    own = {**COMPARE_DEFAULTS, **TOPOLOGY_DEFAULTS}
+    settle(args, LOAD_DEFAULTS, own, "can only be used with --compare-in-process or --compare-topologies: a server has its own settings")
     if args.url is None:
         raise ConfigError("--url names the server to measure, for example --url http://127.0.0.1:8000")
     if args.classes and (args.ttft_ms is not None or args.tpot_ms is not None):
@@ -136,6 +143,38 @@ def _compare(args: argparse.Namespace, ask: Ask) -> int:
         LLM(args.engine_model, drafter=args.drafter, speculation=args.speculation, dtype=args.dtype) as llm,
     ):
         run_compare(plan, llm, out)
+    return 0
+
+
+def _topologies(args: argparse.Namespace, ask: Ask) -> int:
+    """Start a server for each topology, all for the whole run."""
+    if args.url is not None:
+        raise ConfigError("--url names one server: --compare-topologies starts its own")
+    plan = TopologiesPlan(ask, args.prompts, args.sets, args.concurrency, args.requests, args.repeats, args.timeout)
+    with _json_out(args.json) as out, ExitStack() as stack:
+        servers: list[tuple[Topology, str]] = []
+        for topology in arrange(args.processes, args.draft_workers, args.drafter, args.speculation):
+            port = free_port()
+            servers.append((topology, f"http://127.0.0.1:{port}"))
+            command = serve_command(args.engine_model, port, [*topology.settings, "--dtype", args.dtype, *args.server_flags])
+            stack.enter_context(running(command, servers[-1][1], SERVER_START_S))
+        run_topologies(plan, servers, out)
+    return 0
+
+
+def _cohorts(args: argparse.Namespace) -> int:
+    """Start a draft worker, and an engine in this process that drafts with it."""
+    from dspark import LLM
+
+    encode = _chat_encoder(args.model or _embedded_model())
+    prompts = [encode(prompt) for name in args.sets for prompt in load_set(args.prompts, name)]
+    plan = CohortsPlan(prompts, args.concurrency, args.max_tokens, args.repeats, args.trace)
+    shared = {"drafter": args.drafter, "dtype": args.dtype, "threads": args.threads, "max_num_seqs": max(args.concurrency)}
+    flags = [text for name, value in shared.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    with _json_out(args.json) as out, draft_worker([*([args.model] if args.model else []), *flags], SERVER_START_S) as (address, token):
+        settings = shared | {"model": args.model, "prefix_cache": False}
+        with LLM.with_draft_workers([address], token, draft_wait_ms=args.draft_wait_ms, **settings) as llm:
+            run_cohorts(plan, llm, out)
     return 0
 
 
@@ -222,6 +261,7 @@ _RUN: Mapping[str, Command] = {
     "offline": _offline,
     "online": _online,
     "mixed": _mixed,
+    "cohorts": _cohorts,
     "planner": _planner,
     "router": _router,
     "survival": _survival,

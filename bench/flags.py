@@ -32,6 +32,7 @@ COMPARE_DEFAULTS: Mapping[str, object] = {
     "dtype": "bfloat16",
     "repeats": 3,
 }
+TOPOLOGY_DEFAULTS: Mapping[str, object] = {"processes": 2, "draft_workers": 1, "server_flags": ()}
 FLAGS = {"classes": "--class"}  # where a flag is not named as what it sets
 ESTIMATORS = ("head", "margin", "constant")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -47,6 +48,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("offline", _add_offline, "modes of speculation against each other, in this process"),
         ("online", _add_online, "load on an OpenAI-compatible server"),
         ("mixed", _add_mixed, "goodput of mixed traffic: adaptive with and without latency budgets, and plain, on own servers"),
+        ("cohorts", _add_cohorts, "two cohorts of requests that hide drafting by a draft worker under verification, with a trace"),
         ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
         ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
         ("router", _add_router, "routing decisions a second, over made-up replicas"),
@@ -137,13 +139,20 @@ def _add_online(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--tpot-ms", type=_number, metavar="MS", help="limit for goodput")
     _add_class(load)
     load.add_argument("--without-budgets", action="store_true", help="do not tell the server of classes and budgets")
-    parser.add_argument("--compare-in-process", action="store_true", help="measure LLM.stream in turns; without --url start a server")
-    compare = parser.add_argument_group("--compare-in-process (settings of both sides)", argument_default=argparse.SUPPRESS)
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--compare-in-process", action="store_true", help="measure LLM.stream in turns; without --url start a server")
+    topologies = "start servers of as many processes: colocated, disaggregated, plain; measure them in turns"
+    kinds.add_argument("--compare-topologies", action="store_true", help=topologies)
+    compare = parser.add_argument_group("--compare-… (settings of all sides)", argument_default=argparse.SUPPRESS)
     compare.add_argument("--engine-model", metavar="MODEL", help="folder or hub name (default: the embedded model)")
     compare.add_argument("--drafter", help="auto, none, ngram, or a folder (default auto)")
     compare.add_argument("--speculation", help="off, static:K or adaptive (default adaptive)")
     compare.add_argument("--dtype", choices=DTYPES, help="default bfloat16")
     compare.add_argument("--repeats", type=_positive, metavar="N", help="turns of each side; medians are reported (default 3)")
+    topology = parser.add_argument_group("--compare-topologies", argument_default=argparse.SUPPRESS)
+    topology.add_argument("--processes", type=_positive, metavar="N", help="verifiers and draft workers together (default 2)")
+    topology.add_argument("--draft-workers", type=_positive, metavar="N", help="of them, where drafting is disaggregated (default 1)")
+    topology.add_argument("--server-flags", type=shlex.split, metavar="TEXT", help="more flags of dspark serve, for all servers")
 
 
 def _add_class(parser: argparse._ActionsContainer) -> None:
@@ -168,6 +177,20 @@ def _add_mixed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", default="auto", help="of the adaptive server: auto, ngram, or a folder (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     parser.add_argument("--server-flags", type=shlex.split, default=[], metavar="TEXT", help="more flags of dspark serve, for both servers")
+
+
+def _add_cohorts(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_prompts(parser)
+    _add_levels(parser, (4, 16))
+    parser.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="new tokens a request (default 64)")
+    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="turns of each mode; medians are reported (default 3)")
+    parser.add_argument("--model", help="folder or hub name (default: the embedded model)")
+    parser.add_argument("--drafter", default="auto", help="auto, or a folder (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="compute threads of each process (default 1)")
+    parser.add_argument("--draft-wait-ms", type=_number, default=500.0, metavar="MS", help="longest wait for drafts (default 500)")
+    parser.add_argument("--trace", type=Path, metavar="OUT", help="write the last run of two cohorts as a Chrome trace")
 
 
 def _add_planner(parser: argparse.ArgumentParser) -> None:

@@ -41,6 +41,6 @@ def pad_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def graph_sizes(largest: int) -> tuple[int, ...]:
-    """Token counts that graphs are captured for, rising up to ``largest``: small steps are padded by 7, large ones by a quarter at most."""
+    """The token counts that graphs are captured for, rising; ``largest`` is the last. Padding is at most 7 below 128, then 15, 31, 127."""
     sizes = [size for size in (1, 2, 4, *(range(8, 128, 8)), *range(128, 256, 16), *range(256, 512, 32)) if size < largest]
     return (*sizes, *range(512, largest, 128), largest)

@@ -144,6 +144,8 @@ class LiveCosts:
         self._padded = np.minimum([padded(size) for size in range(max_tokens + 1)], max_tokens)
         self._verify = Correction(measured.verify.sizes)
         self._draft = Correction(measured.draft.sizes)
+        self._plain = Correction(measured.verify.sizes)
+        self._plain_curve: Curve | None = None
         self._num_observed = 0
         self._dense = measured.verify.dense(max_tokens)
 
@@ -168,6 +170,21 @@ class LiveCosts:
         self._draft.observe(num_requests, self.table.draft_seconds(num_requests, depth, context_tokens), seconds)
         self._refresh()
 
+    def observe_plain(self, num_tokens: int, context_tokens: int, seconds: float) -> None:
+        """A plain step that was launched ahead took ``seconds`` from the end of the one before: the host's work lies under it."""
+        curve = self.measured.verify if self._plain_curve is None else self._plain_curve
+        predicted_s = curve(num_tokens) + self.table.verify_context_s * context_tokens
+        self._plain.observe(num_tokens, predicted_s, seconds)
+        self._plain_curve = self._plain_curve or curve
+        self._refresh()
+
+    def plain_seconds(self, num_tokens: int, context_tokens: int) -> float:
+        """Seconds of a step without drafts: less than the table says where such steps are launched ahead."""
+        seconds = self.table.step_seconds(num_tokens, context_tokens)
+        if self._plain_curve is None:
+            return seconds
+        return min(seconds, self._plain_curve(num_tokens) + self.table.verify_context_s * context_tokens)
+
     def _refresh(self) -> None:
         self._num_observed += 1
         if self._num_observed % self.REFRESH_EVERY:
@@ -183,3 +200,5 @@ class LiveCosts:
             draft_context_s=m.draft_context_s * draft_common,
         )
         self._dense = self.table.verify.dense(self._max_tokens)
+        if self._plain_curve is not None:
+            self._plain_curve = m.verify.scaled(self._plain.factors())

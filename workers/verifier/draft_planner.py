@@ -116,6 +116,7 @@ class DraftPlanner:
         context = sum(s.num_computed for s in rows)
         shape = StepShape(len(rows), 0, context)
         seconds = shape.seconds(self.costs, len(drafting) * self.policy.block_size)
+        seconds[0] = min(seconds[0], self.costs.plain_seconds(len(rows), context))
         share = context * len(drafting) // len(rows)
         self._last_depth = min(most, self.policy.depth(len(rows), len(drafting), share, self.costs.table, seconds))
         self.is_paused = not self._last_depth

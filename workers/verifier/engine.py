@@ -18,6 +18,7 @@ from dspark.errors import BadRequest, Overloaded
 from dspark.kernels.buckets import pad_rows
 from dspark.types import Drafter, DraftsAhead, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
 from dspark.workers.blocks import BlockPool
+from dspark.workers.verifier.ahead import Flight, RunAhead
 from dspark.workers.verifier.aside import Aside
 from dspark.workers.verifier.cohorts import Cohorts
 from dspark.workers.verifier.costs import CostTable, LiveCosts
@@ -122,6 +123,10 @@ class Engine:
         self.cohorts = Cohorts()
         self.on_step: Callable[[VerifyPlan, StepTimes], None] | None = None  # hears of every step when it is judged
         self.aside = Aside()
+        self._ships_features = bool(drafter.taps) and getattr(drafter, "feed", None) is None
+        self.ahead = RunAhead(self.runner, self.scheduler, pool, options.overlapped and not self._ships_features)
+        self._flight: Flight | None = None  # a plain step that was launched before its turn
+        self._landed_s = 0.0
         self.judge: Judge = judge
         self.counters = EngineCounters()
         self.sequences: dict[str, Sequence] = {}
@@ -197,6 +202,8 @@ class Engine:
 
     def step(self) -> list[StepOutcome]:
         """Run one round for everything that is admitted; one outcome for each request that got tokens or ended."""
+        if self._flight is not None:
+            return self._land(self._flight)
         times = StepTimes(self.clock())
         self.scheduler.choose(times.begin_s)
         self._take_turns()
@@ -206,6 +213,9 @@ class Engine:
         if not plan.rows:
             return []
         result = self.runner.forward(plan, self.sequences)
+        depth = self._depth_ahead(plan)
+        if depth == 0:
+            self._flight = self.ahead.after_step(plan, result, self.sequences)
         verdicts = self._judge(plan, result)
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
@@ -218,7 +228,51 @@ class Engine:
         else:
             self._learn(record)
         outcomes, advances, ended = self._commit(plan, result, verdicts, times.judged_s)
-        self._propose(advances, ended, result.taps)
+        if self._flight is None:
+            self._propose(advances, ended, result.taps, depth)
+        self._landed_s = times.judged_s
+        self._forget(ended)
+        return outcomes
+
+    def _depth_ahead(self, plan: VerifyPlan) -> int | None:
+        """How deep to draft for the next step, asked before this one's tokens are known; None: too early to say."""
+        if not self.ahead.can_run or any(row.num_known > 1 or row.num_draft for row in plan.rows):
+            return None
+        return self._next_depth()
+
+    def _next_depth(self) -> int:
+        """How deep to draft for the next step of what runs; 0: it is plain."""
+        drafting = [s for s in self.scheduler.running if s.max_draft(self.drafter.block_size)]
+        if any(s.speculation.mode is not Mode.ADAPTIVE for s in drafting):
+            return self.drafter.block_size
+        return self.drafts.depth(self.scheduler.running) if drafting else 0
+
+    def _land(self, flight: Flight) -> list[StepOutcome]:
+        """Commit a step that was launched ahead, after the next one has been."""
+        depth = self._next_depth()
+        self._flight = None if depth else self.ahead.after(flight, self.sequences)
+        tokens = flight.best.read()
+        self.target.check()
+        now_s = self.clock()
+        if self.drafts.costs is not None:
+            self.drafts.costs.observe_plain(len(tokens), flight.context, now_s - self._landed_s)
+        self._landed_s = now_s
+        self.counters.steps += 1
+        self.counters.step_tokens += len(tokens)
+        outcomes: list[StepOutcome] = []
+        advances: list[Advance] = []
+        ended: list[Sequence] = []
+        for sequence, token in zip(flight.sequences, tokens, strict=True):
+            if self.sequences.get(sequence.request.id) is not sequence:
+                continue  # it ended, or was aborted, while this step was under way
+            outcome = self._commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
+            outcomes.append(outcome)
+            self.scheduler.commit(sequence, sequence.num_known - 1)
+            if outcome.finish is not None:
+                ended.append(sequence)
+            advances.append(Advance(sequence, (), sequence.num_computed))
+        if self._flight is None:
+            self._propose(advances, ended, None, depth)
         self._forget(ended)
         return outcomes
 
@@ -377,18 +431,19 @@ class Engine:
             top = sequence.request.sampling.prompt_logprobs or 0
             sequence.prompt_logprobs.extend(prompt_logprobs(result.logits[first : first + count], tokens, top))
 
-    def _propose(self, advances: Seq[Advance], ended: Seq[Sequence], taps: Tensor | None) -> None:
+    def _propose(self, advances: Seq[Advance], ended: Seq[Sequence], taps: Tensor | None, depth: int | None) -> None:
         """Tell the drafter what became known, with the projected features of every position that got KV for good.
 
         Of requests that ended as well: their last blocks are in the prefix cache, and must be whole for the drafter too.
+        ``depth``: how deep to draft; None: not decided yet.
         """
         features: list[Tensor | None] = [None] * len(advances)
-        if taps is not None and advances:
+        if taps is not None and advances and self._ships_features:
             rows = [row for advance in advances for row in advance.rows]
             projected = self.drafter.project(pad_rows(taps[rows]))[: len(rows)]
             features = list(projected.split([len(advance.rows) for advance in advances]))
         going = [s for s in self.scheduler.running if s not in ended]
-        depth = self.drafts.depth(going)
+        depth = self.drafts.depth(going) if depth is None else depth
         self.tree_nodes = self.shapes.nodes(len(going))
         turns = []
         for advance, feature in zip(advances, features, strict=True):

@@ -15,6 +15,7 @@ from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.forward import BestTokens, Feed, Forward, StepInput
 from dspark.workers.verifier.graphs import Capture, GraphForward, GraphSizes, fitting
 from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.step_buffers import HostStep
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.tree import depths, visible
 from dspark.workers.verifier.verdict import Verdict
@@ -81,6 +82,18 @@ class Runner:
         if self._sizes:
             return fitting(self._sizes, num_tokens)
         return padded_size(num_tokens, self.target.device, self.target.dtype)
+
+    @property
+    def max_launched(self) -> int:
+        """Rows that ``launch`` takes at most; 0 without graphs."""
+        return self._sizes[-1] if self._sizes else 0
+
+    def launch(self, step: HostStep) -> BestTokens:
+        """Launch a step of one token a row from the graphs, and wait for nothing; it may take its tokens from the step before."""
+        assert self._graphs is not None
+        count = len(step.positions)
+        self._graphs.replay(self.padded(count), step)
+        return self._graphs.own_tokens(count)
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""

@@ -116,7 +116,7 @@ class Scheduler:
         """Note that positions ``< num_computed`` hold committed KV; blocks beyond go back, full ones become findable."""
         size = self.pool.block_size
         before, sequence.num_computed = sequence.num_computed, num_computed
-        self.pool.shrink(sequence.id, num_computed)
+        self.pool.shrink(sequence.id, max(num_computed, sequence.num_reserved))
         if self.limits.prefix_cache and num_computed // size > before // size:
             hashes = sequence.hashes(size, num_computed // size)
             for index in range(before // size, num_computed // size):
@@ -166,7 +166,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pool.release(sequence.id)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_reserved = 0
         sequence.draft = None
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=self._key)

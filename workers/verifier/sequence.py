@@ -29,6 +29,7 @@ class Sequence:
     tokens: list[int]
     num_prompt: int  # the tokens before this index are the prompt; the rest is output
     num_computed: int = 0
+    num_reserved: int = 0  # positions that a step launched ahead has blocks for
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     admitted: bool = False  # it has run before (a later admission is a resume)
     draft_depth: int = 0  # how many tokens deep the drafter was asked to draft after the last step

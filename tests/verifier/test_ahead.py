@@ -1,0 +1,134 @@
+"""Plain decoding one step ahead of the host: the same tokens and outcomes, whatever ends, comes or goes while a step is under way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from helpers.engines import FLAT, Result, greedy, make_engine, run, tiny_target
+from helpers.toy_tokenizers import byte_level
+
+from dspark.sampling import SamplingParams
+from dspark.types import Finish, Request
+from dspark.workers.drafter.ngram import NgramDrafter
+from dspark.workers.verifier.costs import CostTable, Curve, LiveCosts
+from dspark.workers.verifier.engine import Engine
+from dspark.workers.verifier.graphs import plain_calls
+from dspark.workers.verifier.runner import GraphOptions
+from dspark.workers.verifier.targets import Target
+
+GRAPHS = GraphOptions(plain_calls, max_tokens=24, max_rows=32, max_model_len=256)
+PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(3 + 9 * i)] for i in range(6)}
+DEAR = CostTable(Curve((1, 2, 64), (1.0, 2.0, 64.0)), Curve((1,), (9.0,)))  # drafts never pay
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target()
+
+
+def ahead(target: Target, drafter: Any = None, **options: Any) -> Engine:
+    return make_engine(target, drafter, graphs=GRAPHS, overlapped=True, **options)
+
+
+def requests(**params: Any) -> list[Request]:
+    sampling = SamplingParams(**({"temperature": 0.0, "max_tokens": 20, "ignore_eos": True} | params))
+    return [Request(name, tuple(prompt), sampling) for name, prompt in PROMPTS.items()]
+
+
+def same(results: dict[str, Result], wanted: dict[str, Result]) -> bool:
+    return all((results[name].tokens, results[name].finish) == (one.tokens, one.finish) for name, one in wanted.items())
+
+
+def test_lengths_end_one_after_the_other(target: Target) -> None:
+    mixed = [dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, max_tokens=5 + 4 * i)) for i, r in enumerate(requests())]
+    engine = ahead(target)
+    assert same(run(engine, mixed), run(make_engine(target), mixed))
+    assert engine.ahead.launched >= 20
+
+
+def test_a_stop_token_is_seen_one_step_late_and_costs_nothing(target: Target) -> None:
+    texts = run(make_engine(target), requests())
+    stops = tuple(sorted({text.tokens[4 + i] for i, text in enumerate(texts.values())}))
+    wanted = run(make_engine(target), requests(stop_token_ids=stops))
+    assert any(one.finish is Finish.STOP for one in wanted.values())
+    engine = ahead(target)
+    results = run(engine, requests(stop_token_ids=stops))
+    assert same(results, wanted)
+    assert engine.ahead.launched
+    again = run(engine, [dataclasses.replace(r, id=f"{r.id}-2") for r in requests()])  # the prefix cache holds no wrong block
+    assert {name: again[f"{name}-2"].tokens for name in texts} == {name: text.tokens for name, text in texts.items()}
+
+
+def test_stop_strings(target: Target) -> None:
+    tokenizer = byte_level()
+    wanted = run(make_engine(target, tokenizer=tokenizer), requests(stop=("e", "1")))
+    assert same(run(ahead(target, tokenizer=tokenizer), requests(stop=("e", "1"))), wanted)
+
+
+def test_requests_come_and_go_under_a_step(target: Target) -> None:
+    alone = {name: run(make_engine(target), [greedy(name, prompt, 30)])[name].tokens for name, prompt in PROMPTS.items()}
+    engine = ahead(target, num_blocks=24, max_num_seqs=4)
+    tokens: dict[str, list[int]] = {name: [] for name in PROMPTS}
+    waiting = [greedy(name, prompt, 30) for name, prompt in PROMPTS.items()]
+    for step in range(400):
+        if step % 5 == 0 and waiting:
+            engine.add(waiting.pop(0))
+        if step == 13:
+            assert engine._flight is not None
+            engine.abort("r1")
+            tokens["r1"] = []
+            engine.add(greedy("r1", PROMPTS["r1"], 30))  # the same name again while the old one's step is under way
+        for outcome in engine.step():
+            tokens[outcome.request_id] += outcome.tokens
+        engine.pool.check()
+        if not engine.has_work and not waiting:
+            break
+    assert tokens == alone
+    assert engine.ahead.launched
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_a_full_pool_ends_it(target: Target) -> None:
+    wanted = run(make_engine(target), requests(max_tokens=60))
+    engine = ahead(target, num_blocks=16)
+    assert same(run(engine, requests(max_tokens=60)), wanted)
+    assert engine.scheduler.counters.preemptions
+    assert engine.ahead.launched
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.8, "seed": 1}, {"presence_penalty": 0.5}, {"logprobs": 1}, {"min_tokens": 15}])
+def test_what_needs_the_host_is_not_run_ahead(target: Target, params: dict[str, Any]) -> None:
+    wanted = run(make_engine(target), requests(**params))
+    engine = ahead(target)
+    results = run(engine, requests(**params))
+    assert same(results, wanted)
+    assert all(outcome.logprobs is not None or "logprobs" not in params for outcome in results["r2"].outcomes)
+    assert engine.ahead.launched == 0 or "min_tokens" in params
+
+
+def test_paused_speculation_runs_ahead_and_comes_back(target: Target) -> None:
+    """Drafts that never pay are looked at now and then; between looks steps are plain and launched ahead."""
+    wanted = run(make_engine(target), requests(max_tokens=60))
+    engine = ahead(target, NgramDrafter(), costs=DEAR)
+    assert same(run(engine, requests(max_tokens=60)), wanted)
+    assert engine.ahead.launched
+    assert engine.counters.drafts_asked
+    engine.aside.close()
+
+
+def test_static_speculation_is_not_run_ahead(target: Target) -> None:
+    engine = ahead(target, NgramDrafter(), costs=FLAT, speculation="static:3")
+    assert same(run(engine, requests()), run(make_engine(target), requests()))
+    assert engine.ahead.launched == 0
+    engine.aside.close()
+
+
+def test_plain_steps_teach_their_own_cost() -> None:
+    costs = LiveCosts(CostTable(Curve((1, 64), (1.0, 4.0))), 64)
+    assert costs.plain_seconds(64, 0) == 4.0
+    for _ in range(400):
+        costs.observe_plain(64, 0, 2.0)
+    assert costs.plain_seconds(64, 0) == pytest.approx(2.0, rel=0.05)
+    assert costs.table.step_seconds(64, 0) == 4.0, "the table of steps that are not launched ahead stays"

@@ -1,0 +1,109 @@
+"""Plain decoding one step ahead of the host: a step is launched before the tokens of the one before it are known here.
+
+The tokens are on the device, where the next step takes them from (``step_buffers.py``), and everything else about it is known: every
+request goes one position further. So the device computes step t + 1 while the host commits step t. A request that step t ended takes
+part in step t + 1 for nothing; its token is dropped, and what it wrote lies in blocks that later steps write before they read.
+
+That holds while nothing but plain decoding happens: all running requests take the target's best token, draft nothing, and nobody
+could be let in. Anything else ends it: the step under way lands, and the next one is planned as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark.types import VerifyPlan
+from dspark.workers.blocks import BlockPool
+from dspark.workers.verifier.forward import BestTokens
+from dspark.workers.verifier.runner import Runner, StepResult
+from dspark.workers.verifier.scheduler import Scheduler
+from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.step_buffers import HostStep
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A plain step under way: row i computes position ``positions[i]`` of ``sequences[i]`` into ``slots[i]``."""
+
+    sequences: list[Sequence]
+    positions: Ints
+    slots: Ints
+    best: BestTokens
+
+    @property
+    def context(self) -> int:
+        """Positions that all rows attend to."""
+        return int(self.positions.sum()) + len(self.sequences)
+
+
+class RunAhead:
+    """Launches plain steps early. ``can_run``: the drafter needs nothing of them on the host."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, pool: BlockPool, can_run: bool) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._pool = pool
+        self.can_run = can_run and runner.max_launched > 0
+        self.launched = 0  # steps
+
+    def after_step(self, plan: VerifyPlan, result: StepResult, sequences: Mapping[str, Sequence]) -> Flight | None:
+        """Launch the step after a planned one that is under way; None where that cannot be known to be plain."""
+        if not self.can_run or result.best is None or any(result.num_scored):
+            return None
+        rows = [sequences[row.request_id] for row in plan.rows]
+        if len(rows) != len(self._scheduler.running) or not all(
+            row.samples and not row.num_draft and _is_simple(sequence) for row, sequence in zip(plan.rows, rows, strict=True)
+        ):
+            return None
+        positions = np.fromiter((sequence.num_known for sequence in rows), np.int64, len(rows))
+        return self._launch(rows, positions, np.asarray(result.first_row, dtype=np.int64), None)
+
+    def after(self, flight: Flight, sequences: Mapping[str, Sequence]) -> Flight | None:
+        """Launch the step after a flight whose tokens are not known yet."""
+        source = np.arange(len(flight.sequences))
+        rows = flight.sequences
+        positions, slots = flight.positions + 1, flight.slots + 1
+        gone = [i for i, sequence in enumerate(rows) if sequences.get(sequence.request.id) is not sequence]
+        if gone:
+            source = np.delete(source, gone)
+            rows = [rows[i] for i in source]
+            positions, slots = positions[source], slots[source]
+        return self._launch(rows, positions, source, slots)
+
+    def _launch(self, rows: list[Sequence], positions: Ints, source: Ints, slots: Ints | None) -> Flight | None:
+        """Launch the rows that go on; row i takes its token from row ``source[i]`` of the step before."""
+        scheduler, size = self._scheduler, self._pool.block_size
+        if scheduler.waiting and len(scheduler.running) < scheduler.limits.max_num_seqs:
+            return None
+        limits = np.fromiter((sequence.max_len for sequence in rows), np.int64, len(rows))
+        if not (goes_on := positions + 1 < limits).all():  # the others end with the token that is under way
+            kept = np.flatnonzero(goes_on)
+            rows, positions, source = [rows[i] for i in kept], positions[kept], source[kept]
+            slots = None if slots is None else slots[kept]
+        begins = np.flatnonzero(positions % size == 0) if slots is not None else np.arange(len(rows))
+        if not rows or len(rows) > self._runner.max_launched or len(begins) > self._pool.num_free:
+            return None
+        slots = np.empty(len(rows), dtype=np.int64) if slots is None else slots
+        for i in begins:
+            position = int(positions[i])
+            if not self._pool.grow(rows[i].id, position + 1):
+                raise AssertionError("free blocks were counted before")
+            slots[i] = self._pool.table(rows[i].id)[position // size] * size + position % size
+        for sequence, position in zip(rows, positions.tolist(), strict=True):
+            sequence.num_reserved = position + 1
+        tables = [self._pool.table(sequence.request.id) for sequence in rows]
+        count = len(rows)
+        step = HostStep((), positions, slots, np.arange(count), np.ones(count, dtype=np.int64), positions + 1, tables, source)
+        self.launched += 1
+        return Flight(rows, positions, slots, self._runner.launch(step))
+
+
+def _is_simple(sequence: Sequence) -> bool:
+    """Whether its next step can be plain whatever this one brings."""
+    return sequence.takes_best and sequence.request.latency_budget.tpot_ms is None

@@ -20,10 +20,11 @@ from dspark.bench.widen import Places, Shape
 from dspark.errors import ConfigError
 from dspark.workers.blocks import BlockPool
 from dspark.workers.build import target_head
-from dspark.workers.drafter.dialects import load_drafter, save_drafter
+from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.module_config import LayerMask, ModuleConfig
+from dspark.workers.drafter.saving import save_drafter
 from dspark.workers.verifier.targets import Target, as_target, load_model
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from helpers.draft_modules import random_module
 from helpers.toy_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dspark.workers.drafter.dialects import save_drafter
+from dspark.workers.drafter.saving import save_drafter
 from dspark.workers.verifier.targets import as_target, load_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -16,9 +16,10 @@ from dspark.bench.http_client import Ask
 from dspark.bench.load import Load
 from dspark.bench.metrics import Limits
 from dspark.bench.mixed import MixedPlan, run_mixed
-from dspark.bench.modes import parse_modes
+from dspark.bench.modes import parse_mode, parse_modes
 from dspark.bench.offline import OfflinePlan, check_lossless, run_offline
 from dspark.bench.online import OnlinePlan, run_online
+from dspark.bench.peer import VllmSource
 from dspark.bench.planner_time import run_planner
 from dspark.bench.plots import draw
 from dspark.bench.prompt_sets import load_set
@@ -33,6 +34,7 @@ from dspark.bench.synthetic import SyntheticAcceptance
 from dspark.bench.topologies import TopologiesPlan, Topology, arrange, run_topologies
 from dspark.bench.widen import Shape
 from dspark.errors import ConfigError
+from dspark.sampling import AcceptanceRule
 
 SERVER_START_S = 300.0
 
@@ -227,6 +229,26 @@ def _router(args: argparse.Namespace) -> int:
     return 0
 
 
+def _vllm(args: argparse.Namespace) -> int:
+    folder = args.model or _embedded_model()
+    plan = OfflinePlan(
+        modes=(parse_mode(f"static:{args.draft_len}" if args.drafter else "plain"),),
+        dtype=args.dtype,
+        folder=args.prompts,
+        sets=args.sets,
+        levels=make_levels(args.concurrency, args.requests, args.max_tokens),
+        temperatures=args.temperature,
+        rules=(AcceptanceRule.RATIO,),
+        repeats=args.repeats,
+        max_prompt_tokens=args.max_prompt_tokens,
+        ignore_eos=args.ignore_eos,
+    )
+    source = VllmSource(folder, args.drafter, args.draft_len, max(args.concurrency), args.max_model_len, args.memory_share)
+    with _json_out(args.json) as out:
+        run_offline(plan, source.open, _chat_encoder(folder), out)
+    return 0
+
+
 def _inflate(args: argparse.Namespace) -> int:
     from dspark.bench.inflate import InflatePlan, inflate
     from dspark.bench.inflate_drafter import drafter_shape, inflate_drafter
@@ -265,6 +287,7 @@ _RUN: Mapping[str, Command] = {
     "planner": _planner,
     "router": _router,
     "survival": _survival,
+    "vllm": _vllm,
     "inflate": _inflate,
     "report": _report,
 }

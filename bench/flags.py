@@ -52,6 +52,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
         ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
         ("router", _add_router, "routing decisions a second, over made-up replicas"),
+        ("vllm", _add_vllm, "the peer: vLLM on the same weights, prompts and lengths, with the same records"),
         ("inflate", _add_inflate, "write a large model that computes what a small one does, to measure large models on real text"),
         ("report", _add_report, "ratios between the modes in result files, and their curves"),
     ):
@@ -92,18 +93,13 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     _add_levels(parser, (1, 4, 16))
     modes = "plain,static:3,adaptive"
     rules = (AcceptanceRule.RATIO,)
-    tokens, requests = "new tokens a request, for all levels or for each", "requests, for all levels or for each (default: one a stream)"
-    parser.add_argument("--max-tokens", type=_list_of(_positive), default=(128,), metavar="N,M", help=f"{tokens} (default 128)")
-    parser.add_argument("--requests", type=_list_of(_positive), metavar="N,M", help=requests)
+    _add_work(parser)
     parser.add_argument("--model", help="folder or hub name (default: the embedded model)")
     parser.add_argument("--drafter", default="auto", help="auto, none, ngram, or a folder (default auto)")
     parser.add_argument("--modes", default=modes, help=f"of {KNOWN} (default {modes})")
     parser.add_argument("--drivers", type=_list_of(str), default=("",), metavar="A,B", help="of plain, overlapped: every mode under each")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
-    parser.add_argument("--temperature", type=_list_of(_number), default=(0.0,), metavar="T,U", help="default 0.0")
     parser.add_argument("--acceptance", type=_list_of(_rule), default=rules, metavar="A,B", help="of ratio, coupled (default ratio)")
-    parser.add_argument("--repeats", type=_positive, default=1, metavar="N", help="interleaved repeats; medians are reported (default 1)")
-    parser.add_argument("--max-prompt-tokens", type=_positive, default=1200, metavar="N", help="skip longer prompts (default 1200)")
     parser.add_argument("--max-model-len", type=_positive, metavar="N", help="default: the model's")
     parser.add_argument("--kv-tokens", type=_positive, metavar="N", help="KV pool of each engine (default: from free memory)")
     parser.add_argument("--resume", action="store_true", help="skip points that the --json file holds for this machine and commit")
@@ -114,6 +110,29 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--check-lossless", action="store_true", help="first compare greedy tokens of every mode with plain, in fp32")
     parser.add_argument("--check-only", action="store_true", help="only that comparison, no measurement")
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """What is decoded at every point, whoever decodes it."""
+    tokens, requests = "new tokens a request, for all levels or for each", "requests, for all levels or for each (default: one a stream)"
+    parser.add_argument("--max-tokens", type=_list_of(_positive), default=(128,), metavar="N,M", help=f"{tokens} (default 128)")
+    parser.add_argument("--requests", type=_list_of(_positive), metavar="N,M", help=requests)
+    parser.add_argument("--temperature", type=_list_of(_number), default=(0.0,), metavar="T,U", help="default 0.0")
+    parser.add_argument("--repeats", type=_positive, default=1, metavar="N", help="interleaved repeats; medians are reported (default 1)")
+    parser.add_argument("--max-prompt-tokens", type=_positive, default=1200, metavar="N", help="skip longer prompts (default 1200)")
+
+
+def _add_vllm(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_prompts(parser)
+    _add_levels(parser, (1, 64, 256))
+    _add_work(parser)
+    parser.add_argument("--model", help="folder (default: the embedded model)")
+    parser.add_argument("--drafter", metavar="FOLDER", help="let it speculate with this drafter (default: plain decoding)")
+    parser.add_argument("--draft-len", type=_positive, default=7, metavar="K", help="drafted tokens it verifies every round (default 7)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--max-model-len", type=_positive, default=2048, metavar="N", help="default 2048")
+    parser.add_argument("--memory-share", type=_share, default=0.6, metavar="P", help="of the GPU's memory that it may take (default 0.6)")
 
 
 def _add_online(parser: argparse.ArgumentParser) -> None:

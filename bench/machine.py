@@ -8,6 +8,10 @@ import platform
 import subprocess
 from pathlib import Path
 
+from dspark import __version__
+
+COMMIT_VARIABLE = "DSPARK_COMMIT"
+
 
 def describe_machine(dtype: str | None = None) -> str:
     """CPU model, cores, GPU if there is one, torch version, dtype, threads.
@@ -41,15 +45,18 @@ def usable_cores() -> int:
 
 
 def source_commit() -> str:
-    """The short commit of this checkout, ``-dirty`` if files differ from it; the version where there is no checkout."""
+    """The short commit of this checkout, ``-dirty`` if files differ from it.
+
+    Where there is no checkout (installed, or copied to another machine): ``DSPARK_COMMIT`` if it is set, otherwise the version.
+    """
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # installed: git would report whatever checkout the environment happens to lie in
-        return importlib.metadata.version("dspark-serve")
+    if not (root / ".git").exists():  # git would report whatever checkout the environment happens to lie in
+        return os.environ.get(COMMIT_VARIABLE) or __version__
     try:
         commit = _git(root, "rev-parse", "--short", "HEAD")
         return commit + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
     except (FileNotFoundError, subprocess.CalledProcessError):
-        return importlib.metadata.version("dspark-serve")
+        return os.environ.get(COMMIT_VARIABLE) or __version__
 
 
 def _git(root: Path, *arguments: str) -> str:

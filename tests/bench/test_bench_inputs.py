@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from dspark import __version__
 from dspark.bench import machine
 from dspark.bench.modes import parse_mode, parse_modes, rotated
 from dspark.bench.prompt_sets import DEFAULT_FOLDER, DEFAULT_SETS, load_set, take
@@ -122,4 +122,7 @@ def test_commit_of_checkout_and_of_installation(monkeypatch: pytest.MonkeyPatch)
 
     assert machine.source_commit()
     monkeypatch.setattr(subprocess, "run", no_git)
-    assert machine.source_commit() == importlib.metadata.version("dspark-serve")
+    monkeypatch.delenv("DSPARK_COMMIT", raising=False)
+    assert machine.source_commit() == __version__
+    monkeypatch.setenv("DSPARK_COMMIT", "abc1234")
+    assert machine.source_commit() == "abc1234"

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from dspark.bench.cohorts import CohortsPlan, draft_worker, run_cohorts
 from dspark.bench.compare import ComparePlan, run_compare
+from dspark.bench.demands import demand_lines
 from dspark.bench.flags import COMPARE_DEFAULTS, LOAD_DEFAULTS, TOPOLOGY_DEFAULTS, Command, make_parser, settle
 from dspark.bench.http_client import Ask
 from dspark.bench.load import Load
@@ -276,7 +277,10 @@ def _report(args: argparse.Namespace) -> int:
     if args.png is not None:
         draw(records, args.png)
         print(f"wrote {args.png}")
-    return 0
+    lines, all_met = demand_lines(records, args.bars)
+    for line in lines:
+        print(line)
+    return 0 if all_met else 1
 
 
 _RUN: Mapping[str, Command] = {

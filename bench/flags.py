@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from dspark.bench.demands import Demand
 from dspark.bench.modes import KNOWN
 from dspark.bench.prompt_sets import DEFAULT_FOLDER, DEFAULT_SETS
 from dspark.bench.traffic import ServiceClass
@@ -259,8 +260,10 @@ def _add_inflate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines of bench offline")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines of bench offline or vllm")
     parser.add_argument("--baseline", metavar="LABEL", help="divide by this mode (default: plain)")
+    bar = "fail unless it holds, as geometric mean of the sets: 'plain / vllm-0.26.0 plain @ 1,64 >= 1.5'; again for others"
+    parser.add_argument("--bar", dest="bars", type=_demand, action="append", default=[], metavar="BAR", help=bar)
     parser.add_argument("--png", type=Path, metavar="FILE", help="also draw throughput, budgets and step times")
 
 
@@ -315,6 +318,13 @@ def _rule(text: str) -> AcceptanceRule:
 def _service_class(text: str) -> ServiceClass:
     try:
         return ServiceClass.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _demand(text: str) -> Demand:
+    try:
+        return Demand.parse(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspark.bench.bars import bar_lines
+from dspark.bench.frontier import frontier_lines
 from dspark.bench.modes import TRANSFORMERS
 from dspark.bench.results import Rates, geometric_mean, name_of, rates_by_point, ratios_to, scaling
 from dspark.bench.tables import Column, Table
@@ -21,7 +22,7 @@ def report(records: Sequence[Mapping[str, Any]], baseline: str | None = None) ->
     rates = rates_by_point(records)
     labels = {label for found in rates.values() for label in found}
     print_report(rates, baseline or next((label for label in PLAIN if label in labels), PLAIN[0]))
-    for line in bar_lines(records):
+    for line in [*bar_lines(records), *frontier_lines(records)]:
         print(line)
 
 

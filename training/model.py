@@ -89,10 +89,7 @@ def _attention(settings: DrafterConfig, target: Target, text: Any) -> dict[str, 
     if is_gemma and settings.window is not None:
         raise ConfigError("drafter.window: draft layers of Gemma 4 attend to the whole context")
     num_heads = settings.num_heads or int(text.num_attention_heads)
-    own_kv, own_dim = getattr(text, "num_key_value_heads", None), getattr(text, "head_dim", None)
-    if is_gemma:
-        shape = target.layers[list(text.layer_types).index("full_attention")]
-        own_kv, own_dim = shape.kv_heads, shape.key_dim
+    own_kv, own_dim = _own_heads(target, text)
     num_kv_heads = settings.num_kv_heads or min(num_heads, int(own_kv or num_heads))
     if num_heads % num_kv_heads:
         raise ConfigError(f"drafter.num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}")
@@ -104,6 +101,14 @@ def _attention(settings: DrafterConfig, target: Target, text: Any) -> dict[str, 
         "keys_are_values": is_gemma and bool(getattr(text, "attention_k_eq_v", False)),
         "activation": str(text.hidden_activation) if is_gemma else "silu",
     }
+
+
+def _own_heads(target: Target, text: Any) -> tuple[int | None, int | None]:
+    """The target's key-value heads and their size; None where its configuration does not say."""
+    if str(target.model.config.model_type).startswith("gemma4"):  # whose layers differ; the drafter is like those of full attention
+        shape = target.layers[list(text.layer_types).index("full_attention")]
+        return shape.kv_heads, shape.key_dim
+    return getattr(text, "num_key_value_heads", None), getattr(text, "head_dim", None)
 
 
 def _mask_token(settings: DrafterConfig, target: Target, tokenizer: Any) -> int:

@@ -50,23 +50,30 @@ def train_on_ray(config: TrainConfig, num_workers: int, progress: Progress, max_
         ),
     )
     try:
-        return bool(trainer.fit().return_value)
+        done: bool | str = trainer.fit().return_value
     except WorkerGroupError as error:
         refused = [str(failure) for failure in error.worker_failures.values() if isinstance(failure, ConfigError)]
         raise ConfigError(refused[0] if refused else f"training on Ray failed: {error}") from error
     except ray.train.TrainingFailedError as error:
         raise ConfigError(f"training on Ray failed: {error}") from error
+    if isinstance(done, str):
+        raise ConfigError(done)
+    return done
 
 
-def _work(settings: dict[str, Any]) -> bool:
-    """One worker's life; whether the schedule is done."""
+def _work(settings: dict[str, Any]) -> bool | str:
+    """One worker's life; whether the schedule is done, or what every worker refuses alike: a raise would be tried again."""
     import ray.train.torch
 
     config = TrainConfig.model_validate_json(settings["config"])
     device = ray.train.torch.get_device() if resolve_device(config.device).type == "cuda" else torch.device("cpu")
     world = World.of_process_group(device)
-    target, tokenizer = load_target(config.model_copy(update={"device": str(device)}))
-    return Trainer(config, target, tokenizer, _say, world).run(settings["max_seconds"])
+    try:
+        target, tokenizer = load_target(config.model_copy(update={"device": str(device)}))
+        trainer = Trainer(config, target, tokenizer, _say, world)
+    except ConfigError as error:
+        return str(error)
+    return trainer.run(settings["max_seconds"])
 
 
 def _say(line: str) -> None:

@@ -36,7 +36,7 @@ class EngineConfig(BaseModel):
         default=512, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
     )
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
-    draft_law_width: int = Field(default=512, ge=1, description="support of the draft law under the ratio rule")
+    draft_law_width: int = Field(default=256, ge=1, description="support of the draft law under the ratio rule")
     survival: Literal["auto", "head", "margin", "constant"] = Field(
         default="auto", description="what estimates acceptance; auto: the drafter's confidence head if it has one, else its margins"
     )

@@ -10,10 +10,12 @@ from dspark.training.config import DrafterConfig, TrainConfig
 from dspark.training.evaluate import measure
 from dspark.training.shards import has_samples
 from dspark.training.synthesize import synthesize
+from dspark.training.target import release_memory
 from dspark.training.trainer import train
 
 Progress = Callable[[str], None]
 RESULTS = "comparison.json"
+UNBOUNDED_EPOCHS = 10_000.0  # time ends the schedule
 NOT_FOR = {"dspark": (), "dflash": ("head", "confidence", "style"), "eagle3": ("head", "confidence", "style", "num_layers", "window")}
 
 
@@ -30,6 +32,7 @@ def compare(config: TrainConfig, progress: Progress, drafters: tuple[str, ...] =
         if not (run.drafter_folder / "config.json").is_file():
             progress(f"training {kind}")
             train(run, progress)
+            release_memory()
     names = [*(str(run.drafter_folder) for run in runs), "ngram", *drafters]
     return measure(config, names, config.out / RESULTS, progress)
 
@@ -39,7 +42,7 @@ def run_of(config: TrainConfig, kind: str) -> TrainConfig:
     given = config.drafter.model_dump(exclude_unset=True, exclude={"kind", *NOT_FOR[kind]})
     trainer = config.trainer
     if config.compare.train_seconds is not None:
-        trainer = trainer.model_copy(update={"train_seconds": config.compare.train_seconds})
+        trainer = trainer.model_copy(update={"train_seconds": config.compare.train_seconds, "epochs": UNBOUNDED_EPOCHS, "max_steps": None})
     out: Path = config.out / "compare" / kind
     out.mkdir(parents=True, exist_ok=True)
     drafter = DrafterConfig.model_validate(given | {"kind": kind})

@@ -167,7 +167,9 @@ class CompareConfig(Section):
     synthesize_seconds: float | None = Field(
         default=None, gt=0, description="of making data, if there are none; None: until all of synthesize.num_prompts are answered"
     )
-    train_seconds: float | None = Field(default=None, gt=0, description="of training each; None: the trainer's own schedule")
+    train_seconds: float | None = Field(
+        default=None, gt=0, description="of training each, and nothing else ends it; None: the trainer's own schedule"
+    )
 
 
 class TrainConfig(Section):

@@ -19,7 +19,7 @@ from dspark.training.config import EvaluateConfig, TrainConfig
 from dspark.training.files import write_json, write_text
 from dspark.training.prompts import BUILT_IN, read_prompts
 from dspark.training.served import Record, drafting_engine, run_requests
-from dspark.training.target import fingerprint, load_target
+from dspark.training.target import fingerprint, load_target, release_memory
 from dspark.types import Request
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.targets import Target
@@ -61,6 +61,7 @@ def measure(config: TrainConfig, names: Sequence[str], path: Path, progress: Pro
     found = _measured_before(path, cells)
     for name in dict.fromkeys(names):
         engine: Engine | None = None
+        release_memory()
         for heat in settings.temperatures:
             missing = [cell for cell in cells if (cell.drafter, cell.heat) == (name, heat) and cell.identity not in found]
             if not missing:

@@ -13,9 +13,11 @@ from dspark.types import Drafter, DraftTree, DraftTurn, Request, StepOutcome
 from dspark.workers.build import assemble
 from dspark.workers.drafter.local import GraftedDrafter
 from dspark.workers.verifier.engine import Engine
+from dspark.workers.verifier.memory import kv_capacity
 from dspark.workers.verifier.targets import Target
 
 MAX_DRAFT = 64  # more than any block: whatever is drafted is verified
+KV_TOKENS_EACH = 2048  # of a request; where they do not do, some wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def drafting_engine(target: Target, tokenizer: Any, drafter: str, max_num_seqs: 
         drafter=drafter,
         speculation=f"static:{MAX_DRAFT}",
         profile=False,
+        kv_tokens=min(kv_capacity(None, target), max_num_seqs * KV_TOKENS_EACH),
         max_num_seqs=max_num_seqs,
         max_batch_tokens=65536,
         max_queued=65536,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from typing import Any
 
@@ -50,6 +51,13 @@ def fingerprint(target: Target) -> str:
         some = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + some.numpy().tobytes())
     return f"{type(target.model).__name__}-{digest.hexdigest()}"
+
+
+def release_memory() -> None:
+    """Give back what dropped modules and engines had of a GPU, so that the next one can measure what is free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def template_digest(tokenizer: Any) -> str:

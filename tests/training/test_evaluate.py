@@ -113,7 +113,7 @@ def test_kinds_get_the_same_data_time_and_width(folder: Path) -> None:
     config = config.model_copy(update={"compare": config.compare.model_copy(update={"train_seconds": 7.0})})
     runs = {kind: run_of(config, kind) for kind in ("dspark", "dflash", "eagle3")}
     assert {run.data for run in runs.values()} == {config.data}
-    assert {run.trainer.train_seconds for run in runs.values()} == {7.0}
+    assert {(run.trainer.train_seconds, run.trainer.max_steps) for run in runs.values()} == {(7.0, None)}
     assert {run.drafter.num_heads for run in runs.values()} == {2}
     assert {kind: run.drafter.num_layers for kind, run in runs.items()} == {"dspark": 2, "dflash": 2, "eagle3": None}
     assert [run.drafter.kind for run in runs.values()] == list(runs)

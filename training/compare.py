@@ -20,7 +20,7 @@ NOT_FOR = {"dspark": (), "dflash": ("head", "confidence", "style"), "eagle3": ("
 
 
 def compare(config: TrainConfig, progress: Progress, drafters: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Make the data if they are not there, train every kind, and measure all, n-gram and ``drafters`` beside them.
+    """Make the data if they are not there, train every kind, and measure ``drafters``, all kinds and n-gram side by side.
 
     Whatever was done before is not done again. Writes ``comparison.json`` and ``comparison.md``, and reports the table.
     """
@@ -33,7 +33,7 @@ def compare(config: TrainConfig, progress: Progress, drafters: tuple[str, ...] =
             progress(f"training {kind}")
             train(run, progress)
             release_memory()
-    names = [*(str(run.drafter_folder) for run in runs), "ngram", *drafters]
+    names = [*drafters, *(str(run.drafter_folder) for run in runs), "ngram"]
     return measure(config, names, config.out / RESULTS, progress)
 
 

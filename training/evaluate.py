@@ -26,6 +26,7 @@ from dspark.workers.verifier.targets import Target
 
 Progress = Callable[[str], None]
 RESULTS = "evaluation.json"
+SPARSE = 0.95  # tokens a round are fewer than the acceptance length by more than the ends of answers explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +123,28 @@ def acceptance(records: Sequence[Record], block_size: int) -> tuple[float, list[
     return length, rates
 
 
+def tokens_a_round(records: Sequence[Record]) -> float:
+    """Tokens that a step gave, with a draft or without one; the step that ended a prompt does not count."""
+    rounds = [one for record in records for one in record.rounds[1:]]
+    return sum(one.num_tokens for one in rounds) / max(1, len(rounds))
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """One line for each drafter and temperature, one column for each set, in Markdown."""
+    """One line for each drafter and temperature, one column for each set, in Markdown.
+
+    Acceptance lengths; behind one of a drafter that leaves rounds out, tokens a round over all of them in brackets.
+    """
     sets = list(dict.fromkeys(row["set"] for row in results))
     cells = [["drafter", "T", *sets], ["---"] * (len(sets) + 2)]
     for name, heat in dict.fromkeys((row["drafter"], row["temperature"]) for row in results):
-        found = {row["set"]: row["acceptance_length"] for row in results if (row["drafter"], row["temperature"]) == (name, heat)}
-        cells.append([_label(name), f"{heat:g}", *(f"{found[one]:.2f}" if one in found else "-" for one in sets)])
+        found = {row["set"]: _cell(row) for row in results if (row["drafter"], row["temperature"]) == (name, heat)}
+        cells.append([_label(name), f"{heat:g}", *(found.get(one, "-") for one in sets)])
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    length, mean = row["acceptance_length"], row["tokens_a_round"]
+    return f"{length:.2f} ({mean:.2f})" if mean < SPARSE * length else f"{length:.2f}"
 
 
 def _label(name: str) -> str:
@@ -173,7 +188,9 @@ def _measure(
         own = [next(records) for _ in group]
         length, rates = acceptance(own, engine.drafter.block_size)
         row = {"drafter": cell.drafter, "temperature": cell.heat, "set": cell.set_name, "num_prompts": len(group)}
-        row |= {"num_tokens": sum(len(record.tokens) for record in own), "acceptance_length": length, "acceptance": rates}
+        row |= {"num_tokens": sum(len(record.tokens) for record in own)}
+        row |= {"acceptance_length": length, "acceptance": rates}
+        row["tokens_a_round"] = tokens_a_round(own)
         rows.append(row | {"seconds_of_all_sets": seconds, "identity": cell.identity})
     return rows
 

@@ -14,7 +14,7 @@ from dspark.training import compare as compare_room
 from dspark.training import evaluate as room
 from dspark.training.compare import compare, run_of
 from dspark.training.config import TrainConfig
-from dspark.training.evaluate import acceptance, evaluate, table
+from dspark.training.evaluate import acceptance, evaluate, table, tokens_a_round
 from dspark.training.served import Record, Round
 from dspark.training.trainer import train
 
@@ -39,13 +39,18 @@ def test_acceptance_by_hand() -> None:
     rounds = [Round((), (), drafted, accepted, accepted + 1) for drafted, accepted in ((3, 3), (3, 1), (2, 0), (0, 0))]
     length, rates = acceptance([Record([], rounds[:2]), Record([], rounds[2:])], 3)
     assert length == pytest.approx(1 + 4 / 3), "rounds without a draft do not count"
+    assert tokens_a_round([Record([], rounds[:2]), Record([], rounds[2:])]) == pytest.approx((2 + 1) / 2)
     assert rates == pytest.approx([2 / 3, 1 / 2, 1.0])
 
 
+def lengths(acceptance_length: float, mean: float) -> dict[str, float]:
+    return {"acceptance_length": acceptance_length, "tokens_a_round": mean}
+
+
 def test_the_table_has_a_column_for_each_set() -> None:
-    rows = [{"drafter": "runs/dspark/drafter", "temperature": 0.0, "set": name, "acceptance_length": 2.0} for name in ("a", "b")]
-    rows.append({"drafter": "ngram", "temperature": 1.0, "set": "b", "acceptance_length": 1.234})
-    assert table(rows).splitlines()[2:] == ["| dspark | 0 | 2.00 | 2.00 |", "| ngram | 1 | - | 1.23 |"]
+    rows = [{"drafter": "runs/dspark/drafter", "temperature": 0.0, "set": name, **lengths(2.0, 1.98)} for name in ("a", "b")]
+    rows.append({"drafter": "ngram", "temperature": 1.0, "set": "b", **lengths(3.0, 1.234)})
+    assert table(rows).splitlines()[2:] == ["| dspark | 0 | 2.00 | 2.00 |", "| ngram | 1 | - | 3.00 (1.23) |"]
 
 
 def test_every_drafter_set_and_temperature_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def assemble(config: ServeConfig, loader: Loader = load_verifier, draft_loader: 
         drafting = (
             _deployment(DraftWorkerReplica, "DraftWorker", workers, _gpus(config, "draft_device"), DRAIN_S).bind(config, draft_loader),
         )
-    app: Application = router.bind(verifier.bind(config, loader, *drafting), config)
+    app: Application = router.bind(verifier.bind(config, loader, *drafting), config, *drafting)
     return app
 
 

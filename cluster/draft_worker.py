@@ -89,8 +89,14 @@ class DraftWorkerReplica:
 
     async def report(self) -> dict[str, Any]:
         """What it runs, who is connected, and its counters."""
-        stats = self._ready.host.stats()
-        return {"id": self._facts.worker_id, "described": self._ready.described, "verifiers": self._server.num_sessions, "stats": stats}
+        state = "ready" if self._ready.host.is_healthy() else "no progress"
+        return {
+            "id": self._facts.worker_id,
+            "state": "draining" if self._server.is_draining else state,
+            "described": self._ready.described,
+            "verifiers": self._server.num_sessions,
+            "stats": self._ready.host.stats(),
+        }
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's policy reads: the counters."""
@@ -115,10 +121,20 @@ class DraftWorkerReplica:
 
 async def find_draft_workers(workers: DeploymentHandle[Any]) -> list[DraftWorkerFacts] | None:
     """All draft workers that are up; None if Serve does not say."""
+    found = await _ask_all(workers, "describe")
+    return None if found is None else [DraftWorkerFacts(**facts) for facts in found]
+
+
+async def ask_draft_workers(workers: DeploymentHandle[Any]) -> list[dict[str, Any]] | None:
+    """The reports of all draft workers that are up; None if Serve does not say."""
+    return await _ask_all(workers, "report")
+
+
+async def _ask_all(workers: DeploymentHandle[Any], method: str) -> list[dict[str, Any]] | None:
     try:
-        found = await workers.broadcast("describe").results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
+        found = await workers.broadcast(method).results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
     except TimeoutError:  # none has come up yet, or one is stuck
         return None
     except DeploymentUnavailableError:
         return []
-    return [DraftWorkerFacts(**facts) for facts in found if isinstance(facts, dict)]
+    return [answer for answer in found if isinstance(answer, dict)]

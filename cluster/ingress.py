@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,8 +14,10 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from dspark.cluster.dispatch import Dispatcher
+from dspark.cluster.draft_watch import DraftWatch
+from dspark.cluster.draft_worker import ask_draft_workers
 from dspark.cluster.fleet import Fleet, ReplicaFacts
-from dspark.cluster.http.app import HttpOptions, make_app
+from dspark.cluster.http.app import HttpOptions, make_app, no_draft_workers
 from dspark.cluster.http.metering import Family
 from dspark.cluster.http.service import Service
 from dspark.cluster.logs import join_serve_logs
@@ -36,14 +39,19 @@ _log = logging.getLogger(__name__)
 class Router:
     """Tokenises, routes, streams. Up as soon as it has a link to a first verifier."""
 
-    async def __init__(self, verifiers: DeploymentHandle[Any], config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, verifiers: DeploymentHandle[Any], config: ServeConfig, draft_workers: DeploymentHandle[Any] | None = None
+    ) -> None:
         join_serve_logs()
         context = serve.get_replica_context()
         self._name = context.replica_tag
         self._tls = tls_files(config)
         self._verifiers = verifiers
         self._routers: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
-        self._options = HttpOptions(config.max_body_bytes, _secret(config), config.show_docs, self._other_families, self._decision)
+        watch = DraftWatch(partial(ask_draft_workers, draft_workers)) if draft_workers is not None else None
+        self._options = HttpOptions(
+            config.max_body_bytes, _secret(config), config.show_docs, self._other_families, self._decision, watch or no_draft_workers
+        )
         fleet = Fleet(self._discover, self._connect)
         await fleet.start()
         tokenizer = await asyncio.to_thread(_load_tokenizer, config)
@@ -56,7 +64,9 @@ class Router:
         self._service = Service(dispatcher, tokenizer, name, f"dspark-{facts.fingerprint}", facts.max_model_len, classes)
         self._ray_metrics = RayMetrics()
         self._steering = Steering(fleet, self._service.ledger, rules_of(config), self._show)
-        self._loop = asyncio.create_task(self._steering.run())
+        self._loops = [asyncio.create_task(self._steering.run())]
+        if watch is not None:
+            self._loops.append(asyncio.create_task(watch.run()))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self._service, self._options)
@@ -74,8 +84,9 @@ class Router:
         return self._service.dispatcher.in_flight
 
     async def __del__(self) -> None:
-        if hasattr(self, "_loop"):
-            self._loop.cancel()
+        if hasattr(self, "_loops"):
+            for loop in self._loops:
+                loop.cancel()
             await self._service.dispatcher.fleet.close()
 
     def _decision(self) -> Decision | None:

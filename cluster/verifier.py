@@ -31,6 +31,7 @@ from dspark.cluster.ranks import ActorLauncher
 from dspark.cluster.secure import tls_files
 from dspark.config import EngineConfig, ServeConfig
 from dspark.errors import DSparkError, WorkerLost
+from dspark.router.drafters import assign_by_load
 from dspark.workers.wire.codec import PROTOCOL
 from dspark.workers.wire.link import Host
 from dspark.workers.wire.server import WireServer
@@ -92,7 +93,7 @@ def load_verifier(config: EngineConfig, progress: Callable[[str], None], draftin
         if drafting is None:
             return load_engine(config, progress, launcher)
         sessions = grpc_sessions(drafting.name, drafting.tls)
-        remote = RemoteDrafting(sessions, drafting.directory.attach, drafting.wait_s, drafting.fallback)
+        remote = RemoteDrafting(sessions, drafting.directory.attach, assign_by_load, drafting.wait_s, drafting.fallback)
         return load_remote_engine(config, remote, progress, launcher)
 
     loaded = call_in_own_thread(load)

@@ -68,12 +68,13 @@ class LLM:
         """
         config = engine_config(settings)
         from dspark.drafting import DraftWorkerFacts
+        from dspark.router.drafters import assign_by_load
         from dspark.workers.disaggregated import RemoteDrafting, load_remote_engine
         from dspark.workers.own_thread import call_in_own_thread
         from dspark.workers.wire.draft_client import grpc_sessions
 
         facts = [DraftWorkerFacts(address, address, token) for address in addresses]
-        remote = RemoteDrafting(grpc_sessions("llm"), lambda links: links.set_workers(facts), draft_wait_ms / 1e3)
+        remote = RemoteDrafting(grpc_sessions("llm"), lambda links: links.set_workers(facts), assign_by_load, draft_wait_ms / 1e3)
         return cls.of(call_in_own_thread(lambda: load_remote_engine(config, remote, log.info)))
 
     @classmethod

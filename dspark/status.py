@@ -141,10 +141,10 @@ def _speculation(speculation: Mapping[str, Any]) -> str:
 
 
 def _draft_worker_rows(workers: Sequence[Mapping[str, Any]]) -> Table:
-    rows = [("draft worker", "state", "requests", "KV used", "busy")]
+    rows = [("draft worker", "state", "verifiers", "requests", "KV used", "busy")]
     for entry in workers:
         used = 1.0 - entry["free_blocks"] / entry["blocks"] if entry["blocks"] else None
-        rows.append((entry["id"], entry["state"], str(entry["requests"]), _percent(used), _percent(entry["busy"])))
+        rows.append((entry["id"], entry["state"], str(entry["verifiers"]), str(entry["requests"]), _percent(used), _percent(entry["busy"])))
     return rows
 
 

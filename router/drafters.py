@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +37,11 @@ def assign(key: str, workers: Iterable[DraftWorkerView]) -> list[str]:
     mean = (sum(worker.load for worker in usable) + 1.0) / total_weight  # as if the key were there already
     ordered = sorted(usable, key=lambda w: (w.load + 1.0 > math.ceil(SLACK * mean * w.weight), -_score(key, w), w.id))
     return [worker.id for worker in ordered]
+
+
+def assign_by_load(key: str, loads: Mapping[str, int]) -> str:
+    """The best of some usable workers by id, ``loads`` being what each carries; there must be one."""
+    return assign(key, [DraftWorkerView(worker_id, load) for worker_id, load in loads.items()])[0]
 
 
 def _score(key: str, worker: DraftWorkerView) -> float:

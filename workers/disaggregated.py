@@ -26,7 +26,7 @@ from dspark.workers.drafter.graft import graft
 from dspark.workers.drafter.grafted import FeatureProjection
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
-from dspark.workers.drafter.remote import RemoteDrafter
+from dspark.workers.drafter.remote import Assign, RemoteDrafter
 from dspark.workers.drafter.target_ends import fingerprint, load_target_head
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.drafter.worker import DraftWorker, WorkerCounters
@@ -44,11 +44,12 @@ FIRST_WORKER_S: Final = 120.0  # an engine that loads waits this long for a firs
 class RemoteDrafting:
     """How an engine finds draft workers: ``attach`` gets its links, and names the workers to them from then on.
 
-    ``wait_s``: longest wait of a step for drafts; ``fallback``: none, ngram or grafted.
+    ``assign``: which worker drafts for a request; ``wait_s``: longest wait of a step for drafts; ``fallback``: none, ngram or grafted.
     """
 
     open_session: OpenSession
     attach: Callable[[DraftLinks], None]
+    assign: Assign
     wait_s: float = 0.05
     fallback: str = "none"
     first_worker_s: float = FIRST_WORKER_S
@@ -118,7 +119,7 @@ def _remote_drafter(folder: Path, config: EngineConfig, target: Target, pool: Bl
         fallback = NgramDrafter()
     elif remote.fallback == "grafted":
         fallback = graft(load_drafter(folder, head, target.dtype, target.device), pool, config.draft_law_width)
-    return RemoteDrafter(projection, pool, links, fallback)
+    return RemoteDrafter(projection, pool, links, remote.assign, fallback)
 
 
 def _layout(folder: Path, head: TargetHead, projection: FeatureProjection) -> DraftLayout:

@@ -21,10 +21,14 @@ SHOWN: Final = ("drafter", "speculation", "dtype", "device", "tensor_parallel", 
 
 @dataclass(frozen=True, slots=True)
 class DraftWorkerStatus:
-    """A draft worker in the status; ``busy`` is the share of the time that it drafts, None while nobody knows."""
+    """A draft worker in the status.
+
+    ``verifiers`` are connected to it; ``busy`` is the share of the time that it drafts, None while nobody knows.
+    """
 
     id: str
     state: str
+    verifiers: int
     requests: int
     blocks: int
     free_blocks: int

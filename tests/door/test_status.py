@@ -53,7 +53,7 @@ ANSWER: dict[str, Any] = {
             "predicted": None,
         },
     ],
-    "draft_workers": [{"id": "d0", "state": "ok", "requests": 4, "blocks": 100, "free_blocks": 40, "busy": 0.3}],
+    "draft_workers": [{"id": "d0", "state": "ready", "verifiers": 2, "requests": 4, "blocks": 100, "free_blocks": 40, "busy": 0.3}],
     "scaling": {"state": "steady", "wanted_verifiers": 2, "speculation_limit": 0.5, "budgets_met": 0.97, "reason": "all is well"},
     "service_classes": [
         {
@@ -114,7 +114,7 @@ def test_tables_show_load_kv_acceptance_budgets_and_speculation(port: int, capsy
     rows = {words(line)[0]: words(line) for line in lines if line}
     assert rows["v0"] == ["v0", "ok", "4", "3/8", "1", "25%", "-", "2.25", "50%", "97%", "12.5", "ms", "active", "at", "50%"]
     assert rows["v1"][-3:] == INACTIVE.split()
-    assert rows["d0"] == ["d0", "ok", "4", "60%", "30%"]
+    assert rows["d0"] == ["d0", "ready", "2", "4", "60%", "30%"]
     assert rows["chat"] == ["chat", "(default)", "500", "ms", "90%", "-", "-", "9", "2"]
     assert lines[-1] == "scaling: steady, 2 verifiers wanted, speculation limited to 50%; all is well"
     assert "\033" not in "".join(lines), "no colours in a pipe"

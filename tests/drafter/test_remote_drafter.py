@@ -13,10 +13,11 @@ from helpers.draft_modules import Tables, make_turn, tiny_module
 from helpers.draft_workers import LAW_WIDTH, Workers, draft_workers, eventually, layout_of
 
 from dspark.drafting import DraftLayout
+from dspark.router.drafters import assign_by_load
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, DraftTurn
 from dspark.workers.drafter import remote
-from dspark.workers.drafter.draft_links import PAUSE_S, STUCK_S, DraftLinks, RoundTimes, preferred
+from dspark.workers.drafter.draft_links import PAUSE_S, STUCK_S, DraftLinks, RoundTimes
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.remote import RemoteDrafter
@@ -51,7 +52,7 @@ class Side:
 
 def far(workers: Workers, **options: Any) -> Side:
     tables = Tables(num_blocks=64)
-    return Side(RemoteDrafter(MODULE, tables, workers.connect(), **options), tables)
+    return Side(RemoteDrafter(MODULE, tables, workers.connect(), assign_by_load, **options), tables)
 
 
 def near() -> Side:
@@ -204,10 +205,10 @@ def test_a_prefix_hit_at_the_verifier_starves_nobody() -> None:
         assert first == 39
         side.draft("r")
         names = [f"n{i}" for i in range(20)]
-        home = preferred("r", ["w0", "w1"])
+        home = assign_by_load("r", {"w0": 0, "w1": 0})
         other = next(worker for worker in ("w0", "w1") if worker != home)
-        with_it = next(name for name in names if preferred(name, ["w0", "w1"]) == home)
-        without = next(name for name in names if preferred(name, ["w0", "w1"]) == other)
+        with_it = next(name for name in names if assign_by_load(name, {"w0": 0, "w1": 0}) == home)
+        without = next(name for name in names if assign_by_load(name, {"w0": 0, "w1": 0}) == other)
         for name, num_sent in ((with_it, 7), (without, 39)):
             side.tables.blocks[name] = [*side.tables.blocks["r"][:8], *range(40 + 10 * (name == without), 50 + 10 * (name == without))]
             before = side.drafter.stats()["draft_positions_sent_total"]
@@ -252,7 +253,7 @@ def test_a_killed_worker_costs_drafts_until_another_has_the_context() -> None:
     with draft_workers(MODULE, "w0", "w1") as workers:
         side, alone = far(workers), near()
         side.feed("r", 30)
-        home = preferred("r", ["w0", "w1"])
+        home = assign_by_load("r", {"w0": 0, "w1": 0})
         assert side.draft("r") is not None
         side.feed("r", 32, 30, 29)
         workers.network.kill(home)
@@ -290,7 +291,7 @@ def test_a_draining_worker_is_left_for_another_or_used_to_its_end() -> None:
     with draft_workers(MODULE, "w0", "w1") as workers:
         side = far(workers)
         by_id = {link.worker_id: link for link in side.drafter.links.links}
-        home = preferred("r", by_id)
+        home = assign_by_load("r", dict.fromkeys(by_id, 0))
         side.feed("r", 20)
         assert side.draft("r") is not None
         by_id[home].drains()
@@ -407,12 +408,3 @@ def test_workers_that_are_not_named_any_more_are_used_to_their_end() -> None:
         links.close()
         eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("draft-worker-")], "the threads' end")
         assert links.links == []
-
-
-def test_requests_spread_and_stay() -> None:
-    ids = [f"r{i}" for i in range(400)]
-    three = {name: preferred(name, ["a", "b", "c"]) for name in ids}
-    counts = [list(three.values()).count(worker) for worker in "abc"]
-    assert min(counts) > 100
-    two = {name: preferred(name, ["a", "b"]) for name in ids}
-    assert all(two[name] == worker for name, worker in three.items() if worker != "c")

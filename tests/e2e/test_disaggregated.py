@@ -56,6 +56,8 @@ def test_drafts_come_from_the_draft_worker(disaggregated: Server) -> None:
     assert disaggregated.metrics("dspark_draft_workers") == dict.fromkeys(disaggregated.metrics("dspark_draft_workers"), 1.0)
     eventually(lambda: total(disaggregated, "dspark_draft_trees_total") > 6 * 200, "telling of drafts", 5)
     assert total(disaggregated, "dspark_draft_bytes_sent_total") > 0
+    (worker,) = httpx.get(f"{disaggregated.url}/status").json()["draft_workers"]
+    assert (worker["state"], worker["verifiers"], worker["blocks"]) == ("ready", 2, 512)
     assert "draft workers: context of 8192 tokens, float32 on cpu (1 x this)" in disaggregated.log.read_text()
 
 

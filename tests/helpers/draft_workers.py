@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from helpers.engines import make_engine
 
 from dspark.drafting import DraftHost, DraftLayout, DraftWorkerFacts
+from dspark.router.drafters import assign_by_load
 from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.draft_links import DraftLinks
 from dspark.workers.drafter.dspark_module import DSparkModule
@@ -78,7 +79,7 @@ class Workers:
     def engine(self, target: Target, num_blocks: int = 128, wait_s: float = 5.0, **options: Any) -> Engine:
         """An engine that drafts with the workers, waiting for them however busy the machine is."""
         pool = BlockPool(num_blocks)
-        engine = make_engine(target, RemoteDrafter(self.module, pool, self.connect()), pool, **options)
+        engine = make_engine(target, RemoteDrafter(self.module, pool, self.connect(), assign_by_load), pool, **options)
         engine.options = dataclasses.replace(engine.options, draft_wait_s=wait_s)
         return engine
 

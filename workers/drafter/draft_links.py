@@ -7,7 +7,6 @@ connected to afresh, even if its process shows signs of life.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
@@ -32,11 +31,6 @@ STEADY_S: Final = 5.0  # a stream that lived this long did not fail at once
 _log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
-
-
-def preferred(request_id: str, worker_ids: Collection[str]) -> str:
-    """The worker with the highest hash of (request, worker): a worker that comes or goes moves only its own requests."""
-    return max(worker_ids, key=lambda worker_id: hashlib.sha256(f"{request_id}\0{worker_id}".encode()).digest())
 
 
 @dataclass(slots=True)

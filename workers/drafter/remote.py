@@ -7,6 +7,7 @@ that can be relied on, then by another, or by none: its drafts are then empty, o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,13 +17,16 @@ from torch import Tensor
 
 from dspark.drafting import DraftBatch, Held
 from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn
-from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, Round, RoundTimes, preferred
+from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, Round, RoundTimes
 from dspark.workers.drafter.feature_store import FeatureStore
 from dspark.workers.drafter.grafted import FeatureProjection
 from dspark.workers.drafter.local import num_usable
 
 MAX_BATCH_BYTES: Final = 4 * 2**20  # features of one batch; what a worker lacks beyond that goes with the next ones
 FULL_RETRY_S: Final = 2.0  # before a worker without room is asked again
+
+
+Assign = Callable[[str, Mapping[str, int]], str]  # request id, requests that each usable worker has -> the worker for this one
 
 
 @dataclass(slots=True)
@@ -61,9 +65,14 @@ class RemoteCounters:
 
 
 class RemoteDrafter:
-    """Drafts by the workers of ``links``. ``fallback`` is fed with every turn, and drafts for requests without a draft in time."""
+    """Drafts by the workers of ``links``; ``assign`` says which of them drafts for a request that has none.
 
-    def __init__(self, projection: FeatureProjection, tables: BlockTables, links: DraftLinks, fallback: Drafter | None = None) -> None:
+    ``fallback`` is fed with every turn, and drafts for requests without a draft in time.
+    """
+
+    def __init__(
+        self, projection: FeatureProjection, tables: BlockTables, links: DraftLinks, assign: Assign, fallback: Drafter | None = None
+    ) -> None:
         config, weight = projection.config, projection.fc.weight
         self.block_size = config.block_size
         self.taps = config.target_layer_ids
@@ -74,6 +83,7 @@ class RemoteDrafter:
         self.counters = RemoteCounters()
         self.on_round: Callable[[Round], None] | None = None  # hears of every answered batch
         self._times = RoundTimes()
+        self._assign = assign
         self._fallback = fallback
         self._requests: dict[str, _Request] = {}
 
@@ -179,7 +189,8 @@ class RemoteDrafter:
             return None
         if link is not None:
             link.close_requests([request.turn.request_id])
-        request.link = usable[preferred(request.turn.request_id, names)]
+        counts = Counter(other.link.worker_id for other in self._requests.values() if other is not request and other.link is not None)
+        request.link = usable[self._assign(request.turn.request_id, {name: counts[name] for name in names})]
         # The worker is taken to have the prefix that the verifier found in its cache; if it has less it says so.
         request.tokens_sent, request.features_sent = 0, request.turn.feature_start
         request.since = request.link.next_seq

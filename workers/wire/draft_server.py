@@ -135,6 +135,11 @@ class DraftWireServer(DraftWorkerServicer):
         """Verifiers that are connected."""
         return len(self._sessions)
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether verifiers have been told to leave."""
+        return self._is_draining
+
     def begin_drain(self) -> None:
         """Tell every verifier to prefer other workers from now on; batches are still answered."""
         self._is_draining = True

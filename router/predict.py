@@ -23,10 +23,11 @@ BLOCK_SIZE: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What this router has sent to a replica that the replica's view does not show yet."""
+    """What a replica's view does not show yet: requests that this router sent and their tokens, and requests that have ended."""
 
     requests: int = 0
     tokens: int = 0
+    ended: int = 0
 
 
 NO_BUDGET: Final = LatencyBudget()
@@ -61,7 +62,7 @@ class Prediction:
 def predict(view: ReplicaView, ask: Ask, new_tokens: int, sent: Sent) -> Prediction:
     """The request on this replica, with ``new_tokens`` of its tokens to compute."""
     ttft_s = predicted_ttft(view, new_tokens, ask.priority, sent)
-    tpot_s = predicted_tpot(view, view.running + view.queued + sent.requests + 1)
+    tpot_s = predicted_tpot(view, max(view.running + view.queued - sent.ended, 0) + sent.requests + 1)
     return Prediction(view.id, ttft_s, tpot_s, lateness(ask.budget, ttft_s, tpot_s) if view.step_costs else 0.0)
 
 
@@ -85,14 +86,14 @@ def predicted_ttft(view: ReplicaView, new_tokens: int, priority: int, sent: Sent
         if waiting_priority > priority:
             behind_requests += requests
             behind_tokens += tokens
-    ahead = view.running + view.queued - behind_requests + sent.requests
+    ahead = max(view.running + view.queued - behind_requests - sent.ended, 0) + sent.requests
     decoding = min(ahead, view.max_running)
     room = max(view.max_step_tokens - decoding, 1)
     full_steps, rest = divmod(view.queued_tokens - behind_tokens + sent.tokens + new_tokens, room)
     last_s = seconds = step_seconds(view, decoding, rest)
     if full_steps:
         seconds += full_steps * step_seconds(view, decoding, room)
-    if view.running:
+    if view.running > sent.ended:
         seconds += last_s / 2  # of the step that is under way
     lacks_blocks = new_tokens > view.free_blocks * BLOCK_SIZE
     excess = max(ahead + 1 - view.max_running, int(lacks_blocks))

@@ -169,3 +169,16 @@ def test_the_holder_of_a_prefix_is_found_among_many() -> None:
     assert all(looked_at(fleet(1000), dataclasses.replace(request, id=f"r{i}"), held)[0].replica_id == "v700" for i in range(20))
     held.add(request.keys, "gone")  # the index may name a replica that has left
     assert looked_at(fleet(1000), request, held)[0].replica_id in {v.id for v in fleet(1000)}
+
+
+def test_requests_that_ended_since_the_view_are_not_in_the_way() -> None:
+    """The replica that has just got idle is as good as the one that was: four at once are shared."""
+    views = [view("a", running=2), view("b")]
+    sent = {"a": Sent(ended=2), "b": Sent()}
+    counts = {"a": 0, "b": 0}
+    for i in range(4):
+        best = ids(views, ask(f"r{i}", 30), sent)[0]
+        counts[best] += 1
+        sent[best] = Sent(sent[best].requests + 1, sent[best].tokens + 30, sent[best].ended)
+    assert counts == {"a": 2, "b": 2}
+    assert ranked([view("a", running=1)], ask(), {"a": Sent(ended=3)}) == ranked([view("a")], ask())

@@ -18,7 +18,7 @@ from dspark.types import Finish, Request, StepOutcome
 from dspark.workers.wire import dspark_pb2 as pb
 from dspark.workers.wire import server as server_module
 from dspark.workers.wire.client import TOKEN_KEY, GrpcLink
-from dspark.workers.wire.codec import MAX_UP_BYTES, PROTOCOL, Tune, request_to_wire
+from dspark.workers.wire.codec import MAX_UP_BYTES, PROTOCOL, Status, Tune, request_to_wire
 from dspark.workers.wire.dspark_pb2_grpc import VerifierStub
 from dspark.workers.wire.link import Flight, Link
 from dspark.workers.wire.local import LocalLink
@@ -59,6 +59,22 @@ async def local_link(host: ScriptedHost) -> AsyncIterator[Link]:
         yield link
     finally:
         await link.close()
+
+
+class HandLink(Link):
+    """A link whose other end is the test."""
+
+    async def open(self, timeout_s: float) -> None:
+        self.is_open = True
+
+    async def close(self) -> None:
+        self.is_open = False
+
+    def _send_submit(self, request: Request) -> None: ...
+
+    def _send_cancel(self, request_id: str) -> None: ...
+
+    def _send_tune(self, tune: Tune) -> None: ...
 
 
 async def wait_until(condition: Callable[[], bool], timeout_s: float = 3.0) -> None:
@@ -453,6 +469,37 @@ def test_mutual_tls(tmp_path: Path) -> None:
         with pytest.raises(WorkerLost):
             await GrpcLink("v0", address, "secret", "test", "model").open(1)
         await server.stop()
+        host.close()
+
+    run(test)
+
+
+def test_requests_count_until_a_view_that_shows_them_and_ended_ones_until_one_that_does_not() -> None:
+    """A view that was made before a request was queued, and came after it was sent, says nothing of it."""
+
+    async def test() -> None:
+        link, host = HandLink("v0", "here"), ScriptedHost()
+        await link.open(1.0)
+        view = Status(host.view("v0", "here"), True, {})
+        first, second = (asyncio.create_task(link.submit(request(name))) for name in ("first", "second"))
+        await asyncio.sleep(0)
+        assert link.unseen == (2, 6, 0)
+        link._heard(view)
+        assert link.unseen == (2, 6, 0), "it crossed them on the way"
+        link._accepted("first")
+        assert link.unseen == (2, 6, 0)
+        link._heard(view)
+        assert link.unseen == (1, 3, 0)
+        link._accepted("second")
+        (await first).close()
+        assert link.unseen == (1, 3, 1)
+        link._heard(view)
+        assert link.unseen == (0, 0, 0)
+        link._arrived([StepOutcome("second", 4, (1,), 0, finish=Finish.LENGTH)])
+        assert link.unseen == (0, 0, 1)
+        link._heard(view)
+        assert link.unseen == (0, 0, 0)
+        await second
         host.close()
 
     run(test)

@@ -52,12 +52,12 @@ class Flight:
     Raises ``WorkerLost`` when the verifier goes away first. ``close`` cancels the request unless it has ended.
     """
 
-    __slots__ = ("_accepted", "_done", "_link", "_queue", "num_tokens", "request_id", "sent_s", "was_heard")
+    __slots__ = ("_accepted", "_done", "_link", "_queue", "is_shown", "num_tokens", "request_id", "was_heard")
 
     def __init__(self, link: Link, request: Request) -> None:
         self.request_id = request.id
         self.num_tokens = len(request.prompt_token_ids)
-        self.sent_s = asyncio.get_running_loop().time()
+        self.is_shown = False  # by the link's latest view
         self.was_heard = False
         self._link = link
         self._queue: asyncio.Queue[StepOutcome | DSparkError] = asyncio.Queue()
@@ -80,6 +80,11 @@ class Flight:
     @property
     def replica_id(self) -> str:
         return self._link.replica_id
+
+    @property
+    def is_accepted(self) -> bool:
+        """Whether the verifier has answered that it queued the request."""
+        return self._accepted.done()
 
     async def accepted(self) -> None:
         """Return once the verifier has queued the request; raises its refusal, or ``WorkerLost``."""
@@ -115,6 +120,7 @@ class Link(ABC):
         self._flights: dict[str, Flight] = {}
         self._status: Status | None = None
         self._heard_s = 0.0
+        self._num_left = 0  # flights that have ended or were closed, and that the latest view shows
 
     @abstractmethod
     async def open(self, timeout_s: float) -> None:
@@ -139,10 +145,14 @@ class Link(ABC):
         return len(self._flights)
 
     @property
-    def unseen(self) -> tuple[int, int]:
-        """Requests sent since the last view, and the tokens of those that have had no outcome yet: what it does not show."""
-        unseen = [flight for flight in self._flights.values() if flight.sent_s >= self._heard_s]
-        return len(unseen), sum(flight.num_tokens for flight in unseen if not flight.was_heard)
+    def unseen(self) -> tuple[int, int, int]:
+        """What the latest view does not show: requests sent, tokens of those without an outcome, and requests that have ended.
+
+        A view may be older than a request that was sent before it came. But the stream keeps order: a view shows a request
+        exactly if it comes after the verifier's word that the request is queued, and before its end.
+        """
+        unseen = [flight for flight in self._flights.values() if not flight.is_shown]
+        return len(unseen), sum(flight.num_tokens for flight in unseen if not flight.was_heard), self._num_left
 
     @property
     def status(self) -> Status | None:
@@ -177,6 +187,7 @@ class Link(ABC):
         """Cancel the flight's request if it has not ended."""
         if self._flights.get(flight.request_id) is flight:
             del self._flights[flight.request_id]
+            self._num_left += flight.is_shown
             if self.is_open:
                 self._send_cancel(flight.request_id)
 
@@ -195,11 +206,15 @@ class Link(ABC):
                 continue
             if outcome.finish is not None:
                 del self._flights[outcome.request_id]
+                self._num_left += flight.is_shown
             flight.put(outcome)
 
     def _heard(self, status: Status) -> None:
         self._status = status
         self._heard_s = asyncio.get_running_loop().time()
+        self._num_left = 0
+        for flight in self._flights.values():
+            flight.is_shown = flight.is_accepted
 
     def _fell(self, reason: str) -> None:
         """Mark the link lost and tell every flight."""

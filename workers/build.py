@@ -16,13 +16,18 @@ import torch
 from dspark.config import EngineConfig
 from dspark.deploy.default_model import DEFAULT_MODEL_NAME, default_cache, default_drafter, prepare
 from dspark.errors import ConfigError
+from dspark.kernels.graphs import CudaGraphs
 from dspark.types import Drafter, Mode, Speculation
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.drafter.dialects import load_drafter
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.eagle3_module import Eagle3Module
 from dspark.workers.drafter.graft import graft
+from dspark.workers.drafter.graph_local import GraphDrafter
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.none import NoDrafter
+from dspark.workers.drafter.paged_context import DraftPools
 from dspark.workers.drafter.remote import RemoteDrafter
 from dspark.workers.drafter.target_ends import head_of
 from dspark.workers.drafter.target_head import TargetHead
@@ -33,8 +38,7 @@ from dspark.workers.verifier.cost_cache import save as save_costs
 from dspark.workers.verifier.costs import CostTable
 from dspark.workers.verifier.engine import Engine, EngineOptions
 from dspark.workers.verifier.fused import fuse
-from dspark.workers.verifier.graphs import CudaGraphs
-from dspark.workers.verifier.memory import free_bytes, kv_capacity
+from dspark.workers.verifier.memory import CudaMemory, free_bytes, kv_capacity, measure_reserve
 from dspark.workers.verifier.parallel.leader import Launcher, Ranks
 from dspark.workers.verifier.parallel.loading import check_splits, loads_at_once
 from dspark.workers.verifier.parallel.processes import ProcessLauncher
@@ -131,22 +135,28 @@ def assemble(
     target: Target, tokenizer: Any, config: EngineConfig, progress: Progress = lambda _: None, make_drafter: MakeDrafter | None = None
 ) -> Loaded:
     """An engine around a loaded target."""
-    kv_tokens = kv_capacity(config.kv_tokens, target) if target.ranks is None else target.ranks.agree_on_kv(target)
+    module = None if make_drafter is not None else _module(config, target)
+    kv_tokens = _kv_tokens(config, target, _bytes_beside_kv(target, module, make_drafter is not None))
     max_model_len = _max_model_len(config, target, kv_tokens)
     pool = BlockPool(kv_tokens // BLOCK_SIZE)
-    drafter, drafter_name = (make_drafter or _drafter)(config, target, pool)
+    drafter, drafter_name = _drafter(config, target, pool, module) if make_drafter is None else make_drafter(config, target, pool)
     driver = ("overlapped" if target.device.type == "cuda" else "plain") if config.driver == "auto" else config.driver
     options = EngineOptions(
         max_model_len=max_model_len,
         limits=Limits(config.max_num_seqs, max(config.max_batch_tokens, config.max_num_seqs), config.prefix_cache),
         max_queued=config.max_queued,
         speculation=Speculation.parse(config.speculation),
-        auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter),
+        auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter) and not isinstance(drafter, GraphDrafter),
         overlapped=driver == "overlapped",
     )
     options = dataclasses.replace(options, graphs=_graphs(config, target, options, drafter))
-    engine = Engine(target, pool, drafter, dataclasses.replace(options, draft_wait_s=LOADING_WAIT_S), tokenizer)
+    try:
+        engine = Engine(target, pool, drafter, dataclasses.replace(options, draft_wait_s=LOADING_WAIT_S), tokenizer)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"kv_tokens {kv_tokens} do not fit on {target.device}: lower kv_tokens or max_batch_tokens") from error
     engine.runner.prepare(progress)
+    if isinstance(drafter, GraphDrafter) and options.graphs is not None:
+        drafter.prepare(options.graphs.capture)
     _check_drafter(engine, tokenizer, drafter_name, progress)
     survival = _survival(config, drafter, drafter_name)
     engine.drafts.survival = make_estimator(survival, drafter.block_size, drafter.signals)
@@ -171,9 +181,13 @@ def assemble(
     return Loaded(engine, tokenizer, Path(target.name).name, effective, _describe(engine, effective))
 
 
-def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter) -> GraphOptions | None:
+def _uses_graphs(config: EngineConfig, target: Target) -> bool:
     """Whether steps run from CUDA graphs; ranks do not, each of them launches its own kernels."""
-    if target.device.type != "cuda" or target.ranks is not None or not config.graph_tokens:
+    return target.device.type == "cuda" and target.ranks is None and config.graph_tokens > 0
+
+
+def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter) -> GraphOptions | None:
+    if not _uses_graphs(config, target):
         return None
     return GraphOptions(
         capture=CudaGraphs(),
@@ -288,14 +302,40 @@ def _max_model_len(config: EngineConfig, target: Target, kv_tokens: int) -> int:
     return config.max_model_len
 
 
-def _drafter(config: EngineConfig, target: Target, pool: BlockPool) -> tuple[Drafter, str]:
+def _drafter(config: EngineConfig, target: Target, pool: BlockPool, module: DSparkModule | Eagle3Module | None) -> tuple[Drafter, str]:
     """The drafter that the configuration names, and the name that says what ``auto`` became."""
     name = resolve_drafter(config)
-    if name == "none":
-        return NoDrafter(), "none"
-    if name == "ngram":
-        return NgramDrafter(), "ngram"
-    return _local_drafter(Path(name), config, target, pool), name
+    if module is None:
+        return (NoDrafter(), "none") if name == "none" else (NgramDrafter(), "ngram")
+    if isinstance(module, DSparkModule) and _uses_graphs(config, target):
+        longest = _max_model_len(config, target, pool.num_blocks * pool.block_size)
+        return GraphDrafter(module, pool, config.draft_law_width, config.max_num_seqs, longest), name
+    return graft(module, pool, config.draft_law_width), name
+
+
+def _module(config: EngineConfig, target: Target) -> DSparkModule | Eagle3Module | None:
+    """The module that is grafted onto the target; None where drafts come from elsewhere, or not at all."""
+    name = resolve_drafter(config)
+    return None if name in ("none", "ngram") else load_drafter(Path(name), target_head(target), target.dtype, target.device)
+
+
+def _bytes_beside_kv(target: Target, module: DSparkModule | Eagle3Module | None, is_remote: bool) -> int:
+    """Bytes a token of KV that drafting keeps here: a module's own KV, or features for drafters elsewhere."""
+    if is_remote:
+        return target.hidden_size * target.dtype.itemsize
+    return 0 if module is None else DraftPools.bytes_per_token(module.config, target.dtype.itemsize)
+
+
+def _kv_tokens(config: EngineConfig, target: Target, bytes_per_token: int) -> int:
+    """Size of the KV pool: on one GPU what the largest steps leave, ``bytes_per_token`` kept beside it."""
+    if target.ranks is not None:
+        return target.ranks.agree_on_kv(target)
+    if target.device.type != "cuda":
+        return kv_capacity(config.kv_tokens, target)
+    probe, steps = CudaMemory(target.device), max(config.max_batch_tokens, config.max_num_seqs)
+    reserve = measure_reserve(target, probe, steps, min(config.graph_tokens, steps), bytes_per_token)
+    torch.cuda.empty_cache()
+    return kv_capacity(config.kv_tokens, target, reserve=reserve, probe=probe)
 
 
 def resolve_drafter(config: EngineConfig) -> str:
@@ -306,10 +346,6 @@ def resolve_drafter(config: EngineConfig) -> str:
         return config.drafter
     embedded = default_drafter() if config.model is None else None
     return str(embedded) if embedded is not None else "ngram"
-
-
-def _local_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool) -> Drafter:
-    return graft(load_drafter(folder, target_head(target), target.dtype, target.device), pool, config.draft_law_width)
 
 
 def _survival(config: EngineConfig, drafter: Drafter, drafter_name: str) -> str:

@@ -12,9 +12,9 @@ import torch
 from helpers.engines import greedy, make_engine, run, teacher_forced_logits, tiny_target
 
 from dspark.config import EngineConfig
+from dspark.kernels.graphs import CudaGraphs
 from dspark.workers.build import load_engine
 from dspark.workers.drafter.ngram import NgramDrafter
-from dspark.workers.verifier.graphs import CudaGraphs
 from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.targets import Target, as_target
 

@@ -9,12 +9,12 @@ import pytest
 from helpers.engines import FLAT, Result, greedy, make_engine, run, tiny_target
 from helpers.toy_tokenizers import byte_level
 
+from dspark.kernels.graphs import plain_calls
 from dspark.sampling import SamplingParams
 from dspark.types import Finish, Request
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.costs import CostTable, Curve, LiveCosts
 from dspark.workers.verifier.engine import Engine
-from dspark.workers.verifier.graphs import plain_calls
 from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.targets import Target
 

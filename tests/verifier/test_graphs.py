@@ -11,11 +11,12 @@ from helpers.drafters import OracleDrafter
 from helpers.engines import FLAT, make_engine, run, tiny_target
 
 from dspark.kernels.buckets import graph_sizes
+from dspark.kernels.graphs import plain_calls
 from dspark.sampling import SamplingParams
 from dspark.types import Request
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.forward import StepOutput
-from dspark.workers.verifier.graphs import GraphForward, Run, fitting, plain_calls
+from dspark.workers.verifier.graphs import GraphForward, Run, fitting
 from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.targets import Target
 

@@ -71,7 +71,7 @@ class GraftedModule(FeatureProjection):
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embeddings of tokens [...]: [..., d], in the module's dtype."""
         x = F.embedding(tokens, self._shared.embed).to(self.fc.weight.dtype)
-        return x if self._shared.embed_scale == 1.0 else x * torch.tensor(self._shared.embed_scale, dtype=x.dtype, device=x.device)
+        return x if self._shared.embed_scale == 1.0 else x * torch.tensor(self._shared.embed_scale, dtype=x.dtype).item()
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U [..., Vd] of hidden [..., d]."""

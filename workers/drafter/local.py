@@ -45,10 +45,11 @@ class GraftedDrafter(ABC, Generic[Module]):
     """Drafts with ``module`` for the requests of one verifier; what is kept of the context and how it drafts is a subclass's.
 
     ``law_width`` ids support the law shipped under the ratio rule. Features must come for every position whose KV
-    the target computes; positions that came with cached blocks are in the pools already.
+    the target computes; positions that came with cached blocks are in the pools already. The pools have ``num_spare_blocks``
+    beyond the target's.
     """
 
-    def __init__(self, module: Module, tables: BlockTables, law_width: int) -> None:
+    def __init__(self, module: Module, tables: BlockTables, law_width: int, num_spare_blocks: int = 0) -> None:
         self.module = module
         self.block_size = module.config.block_size
         self.taps = module.config.target_layer_ids
@@ -57,7 +58,7 @@ class GraftedDrafter(ABC, Generic[Module]):
         self._law_width = law_width
         self._device, self._dtype = module.fc.weight.device, module.fc.weight.dtype
         self._states: dict[str, State] = {}
-        self.pools = DraftPools(module.config, tables.num_blocks, tables.block_size, self._dtype, self._device)
+        self.pools = DraftPools(module.config, tables.num_blocks + num_spare_blocks, tables.block_size, self._dtype, self._device)
 
     @torch.no_grad()
     def project(self, taps: Any) -> Tensor:
@@ -153,8 +154,15 @@ class LocalDrafter(GraftedDrafter[DSparkModule]):
     ``head_top_k`` limits the sequential head to that many base logits (0: all; None: 512 on CPU, all elsewhere).
     """
 
-    def __init__(self, module: DSparkModule, tables: BlockTables, law_width: int = 64, head_top_k: int | None = None) -> None:
-        super().__init__(module, tables, law_width)
+    def __init__(
+        self,
+        module: DSparkModule,
+        tables: BlockTables,
+        law_width: int = 64,
+        head_top_k: int | None = None,
+        num_spare_blocks: int = 0,
+    ) -> None:
+        super().__init__(module, tables, law_width, num_spare_blocks)
         self._head_top_k = _resolve_top_k(head_top_k, self._device)
 
     def _store(self, fed: Sequence[tuple[DraftTurn, int]]) -> None:

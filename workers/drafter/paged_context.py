@@ -52,6 +52,15 @@ class DraftPools:
     def num_bytes(self) -> int:
         return sum(pool.nbytes for pool in self._keys + self._values)
 
+    @staticmethod
+    def bytes_per_token(config: ModuleConfig, itemsize: int) -> int:
+        """Bytes of one position over all layers."""
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Key and value pool [num_blocks * block_size, Hkv, D] of a layer."""
+        return self._keys[layer], self._values[layer]
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [N, Hkv, D] at ``slots`` [N]."""
         self._keys[layer][slots] = k

@@ -265,6 +265,7 @@ class Engine:
         for sequence, token in zip(flight.sequences, tokens, strict=True):
             if self.sequences.get(sequence.request.id) is not sequence:
                 continue  # it ended, or was aborted, while this step was under way
+            sequence.draft = None
             outcome = self._commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
             outcomes.append(outcome)
             self.scheduler.commit(sequence, sequence.num_known - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +12,15 @@ from dspark.kernels.paged_attention import AttentionRow
 from dspark.workers.verifier.attention import KVStore, PagedStep, RaggedStep, embedding_hook, make_step, tap_hook
 from dspark.workers.verifier.targets import Target
 
-Feed = Callable[[Tensor, Tensor, Tensor], None]  # what a drafter does with taps [T, m * d], positions [T] and slots [T] (-1: padding)
+
+class Feed(Protocol):
+    """A drafter that takes its context inside the target's forward."""
+
+    def __call__(self, taps: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Keep the context of a step's tokens: taps [T, m * d], positions [T], slots [T] (-1: padding). Nothing may wait for the device."""
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy the context of slots [n] to other slots, as the target's KV is."""
 
 
 @dataclass(slots=True)
@@ -89,4 +96,7 @@ class Forward:
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy the KV of slots to other slots."""
         device = self.target.device
-        self.store.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
+        slots = torch.tensor([sources, targets], device=device)
+        self.store.move(slots[0], slots[1])
+        if self.feed is not None:
+            self.feed.move(slots[0], slots[1])

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dspark.errors import ConfigError
+from dspark.kernels.graphs import Capture
 from dspark.kernels.top import first_argmax
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.attention import RaggedStep
@@ -26,38 +26,6 @@ NOTHING = HostStep((), (), (), (), (), (), ())
 SHOW_EVERY_S = 2.0
 
 Run = Callable[[], StepOutput]
-
-
-class Capture(Protocol):
-    """How a forward over fixed tensors is made repeatable."""
-
-    def __call__(self, run: Run) -> Run:
-        """Something that does what ``run`` does, again and again; what it returns holds until the next call of any of them."""
-
-
-def plain_calls(run: Run) -> Run:
-    """No graph: every call computes anew. The stand-in on machines without CUDA."""
-    return run
-
-
-class CudaGraphs:
-    """Captures with one memory pool for all graphs: they never run at the same time."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Run) -> Run:
-        run()  # compiles kernels and lets libraries choose theirs, which a capture may not
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = run()
-
-        def replay() -> StepOutput:
-            graph.replay()
-            return output
-
-        return replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +69,7 @@ class GraphForward(Forward):
         self.buffers = StepBuffers(target.device, sizes.tokens[-1], sizes.max_rows, sizes.max_blocks)
         self._capture = capture
         self._replays: dict[int, Run] = {}
+        self._outputs: dict[str, Tensor] = {}  # shared by all graphs: each would keep its own otherwise
         is_cuda = target.device.type == "cuda"
         self._hosts = [torch.zeros(sizes.tokens[-1], dtype=torch.int64, pin_memory=is_cuda) for _ in range(3)]
         self._turn = 0
@@ -152,9 +121,18 @@ class GraphForward(Forward):
             step = RaggedStep(self.store, views.batch, views.slots)
             output = self.forward(buffers.gather_ids(views), views.positions, views.wanted, step)
             buffers.own[:size].copy_(first_argmax(output.logits))
-            return output
+            taps = None if output.taps is None or self.feed is not None else self._kept("taps", output.taps)
+            return StepOutput(self._kept("logits", output.logits), taps)
 
         return self._capture(run)
+
+    def _kept(self, name: str, value: Tensor) -> Tensor:
+        """The first rows of the tensor that all graphs leave such values in."""
+        if name not in self._outputs:  # at the first call, which is not captured
+            self._outputs[name] = value.new_empty(self.sizes.tokens[-1], *value.shape[1:])
+        kept = self._outputs[name][: value.shape[0]]
+        kept.copy_(value)
+        return kept
 
 
 def fitting(sizes: Sequence[int], num_tokens: int) -> int:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dspark.kernels.buckets import graph_sizes, padded_size
+from dspark.kernels.graphs import Capture
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.types import PlanRow, VerifyPlan
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.forward import BestTokens, Feed, Forward, StepInput
-from dspark.workers.verifier.graphs import Capture, GraphForward, GraphSizes, fitting
+from dspark.workers.verifier.graphs import GraphForward, GraphSizes, fitting
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.step_buffers import HostStep
 from dspark.workers.verifier.targets import Target

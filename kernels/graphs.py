@@ -1,0 +1,46 @@
+"""CUDA graphs: the launches of a function over fixed tensors, replayed without Python.
+
+What the function reads must lie in tensors that never move and whose sizes never change; it may wait for nothing. What it returns are
+tensors that every replay writes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+Output = TypeVar("Output")
+
+
+class Capture(Protocol):
+    """How a function over fixed tensors is made repeatable."""
+
+    def __call__(self, run: Callable[[], Output]) -> Callable[[], Output]:
+        """Something that does what ``run`` does, again and again; what it returns holds until the next call of any of them."""
+
+
+def plain_calls(run: Callable[[], Output]) -> Callable[[], Output]:
+    """No graph: every call computes anew. The stand-in on machines without CUDA."""
+    return run
+
+
+class CudaGraphs:
+    """Captures with one memory pool for all graphs, which must never run at the same time. Capture the largest first."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Output]) -> Callable[[], Output]:
+        run()  # compiles kernels and lets libraries choose theirs, which a capture may not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+
+        def replay() -> Output:
+            graph.replay()
+            return output
+
+        return replay

@@ -1,0 +1,127 @@
+"""The drafter of a GPU, run on the CPU: fed inside the target's forward, it drafts from fixed tensors what ``LocalDrafter`` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.draft_modules import random_module
+from helpers.engines import FLAT, STEEP, Spy, greedy, make_engine, run, tiny_target
+
+from dspark.kernels.graphs import plain_calls
+from dspark.sampling import SamplingParams
+from dspark.types import Request
+from dspark.workers.blocks import BlockPool
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.graph_local import GraphDrafter
+from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.drafter.module_config import HeadType, LayerMask
+from dspark.workers.verifier.costs import CostTable, Curve
+from dspark.workers.verifier.engine import Engine
+from dspark.workers.verifier.runner import GraphOptions
+from dspark.workers.verifier.targets import Target
+
+PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(4 + 9 * i)] for i in range(5)}
+WIDTH = 8
+DEAR = CostTable(Curve((1, 2, 64), (1.0, 2.0, 64.0)), Curve((1,), (9.0,)))  # drafts never pay
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target()
+
+
+def engines(target: Target, num_blocks: int = 128, overlapped: bool = True, **options: Any) -> tuple[Engine, Engine]:
+    """One with ``LocalDrafter``, one with ``GraphDrafter`` and graphs, over the same module."""
+    module: DSparkModule = options.pop("module", None) or random_module(target)
+    pools = [BlockPool(num_blocks) for _ in range(2)]
+    eager = make_engine(target, LocalDrafter(module, pools[0], WIDTH, head_top_k=0), pools[0], overlapped=overlapped, **options)
+    drafter = GraphDrafter(module, pools[1], WIDTH, max_rows=32, max_model_len=256)
+    drafter.prepare(plain_calls)
+    graphs = GraphOptions(plain_calls, max_tokens=40, max_rows=32, max_model_len=256, longest=5, with_trees=True)
+    return eager, make_engine(target, drafter, pools[1], graphs=graphs, overlapped=overlapped, **options)
+
+
+def requests(**params: Any) -> list[Request]:
+    sampling = SamplingParams(**({"max_tokens": 24, "ignore_eos": True} | params))
+    return [Request(name, tuple(prompt), sampling, noise_seed=5) for name, prompt in PROMPTS.items()]
+
+
+def assert_same_trees(expected: Spy, actual: Spy) -> None:
+    assert len(expected.trees) > 10
+    assert expected.trees.keys() == actual.trees.keys()
+    for key, tree in expected.trees.items():
+        other = actual.trees[key]
+        assert (other.tokens, other.parents) == (tree.tokens, tree.parents)
+        assert other.confidence == pytest.approx(tree.confidence, abs=1e-4)
+        assert other.margin == pytest.approx(tree.margin, abs=1e-3)
+        assert (other.law is None) == (tree.law is None)
+        if tree.law is not None and other.law is not None:
+            torch.testing.assert_close(other.law.probs, tree.law.probs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 3}, {"temperature": 0.8}], ids=["greedy", "coupled", "ratio"]
+)
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_the_same_drafts_and_the_same_text(target: Target, params: dict[str, Any], head: str) -> None:
+    module = random_module(target, head_type=HeadType(head))
+    pair = engines(target, module=module, speculation="static:4")
+    spies = [Spy(engine) for engine in pair]
+    texts = [{name: result.tokens for name, result in run(engine, requests(**params)).items()} for engine in pair]
+    assert texts[0] == texts[1]
+    assert_same_trees(spies[0], spies[1])
+
+
+@pytest.mark.parametrize("mask", [LayerMask(causal=True), LayerMask()])
+def test_blocks_of_both_kinds(target: Target, mask: LayerMask) -> None:
+    pair = engines(target, module=random_module(target, layer_masks=(mask, LayerMask())), speculation="static:3")
+    spies = [Spy(engine) for engine in pair]
+    for engine in pair:
+        run(engine, requests(temperature=0.0))
+    assert_same_trees(spies[0], spies[1])
+
+
+def test_chunks_prefix_hits_and_preemption_keep_it_fed(target: Target) -> None:
+    module = random_module(target)
+    pair = engines(target, num_blocks=14, module=module, speculation="static:3", max_batch_tokens=16)
+    spies = [Spy(engine) for engine in pair]
+    for engine in pair:
+        run(engine, [greedy("other", PROMPTS["r4"], 3)])
+        run(engine, requests(temperature=0.0, max_tokens=40))
+        assert engine.scheduler.counters.prefix_hits
+        assert engine.scheduler.counters.preemptions
+    assert_same_trees(spies[0], spies[1])
+
+
+def test_trees_move_the_drafters_context_too(target: Target) -> None:
+    pair = engines(target, speculation="tree:7:4", overlapped=False)
+    spies = [Spy(engine) for engine in pair]
+    texts = [{name: result.tokens for name, result in run(engine, requests(temperature=0.0)).items()} for engine in pair]
+    assert texts[0] == texts[1]
+    assert_same_trees(spies[0], spies[1])
+
+
+@pytest.mark.parametrize("costs", [FLAT, STEEP])
+def test_adaptive_speculation(target: Target, costs: Any) -> None:
+    plain = {name: result.tokens for name, result in run(make_engine(target, speculation="off"), requests(temperature=0.0)).items()}
+    _, engine = engines(target, costs=costs)
+    assert {name: result.tokens for name, result in run(engine, requests(temperature=0.0)).items()} == plain
+    assert engine.counters.drafted
+    engine.aside.close()
+
+
+def test_plain_steps_feed_it(target: Target) -> None:
+    """Speculation pauses, plain steps are launched ahead, and the drafts that follow are those of a drafter that saw every step."""
+    module = random_module(target)
+    eager, graphed = engines(target, module=module, costs=DEAR, num_blocks=64)
+    spies = [Spy(eager), Spy(graphed)]
+    for engine in (eager, graphed):
+        run(engine, [greedy("r1", PROMPTS["r1"], 200)])
+        engine.aside.close()
+    assert graphed.ahead.launched
+    common = spies[0].trees.keys() & spies[1].trees.keys()
+    late = [key for key in common if key[1] > 40]
+    assert late
+    assert all(spies[0].trees[key].tokens == spies[1].trees[key].tokens for key in late)

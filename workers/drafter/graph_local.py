@@ -1,0 +1,132 @@
+"""A DSpark module grafted onto a target on the same GPU: it takes its context inside the target's own forward, and drafts from graphs.
+
+The target's step hands over taps, positions and slots of all its tokens, drafted ones included (``Feed``): what was rejected is written
+again by the step that computes those positions, as the target's own KV is. ``propose`` launches the next blocks right behind the
+step; ``collect`` waits for them. Trees are drafted as on a CPU, from the same pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dspark.kernels.graphs import Capture
+from dspark.kernels.kv_store import store_kv
+from dspark.sampling import AcceptanceRule
+from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
+from dspark.workers.drafter.draft_graphs import DraftGraphs, DraftRow, GraphDraft, Outcome, spare_blocks
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.local import LocalDrafter, State
+from dspark.workers.drafter.paged_context import DraftPools
+
+GREEDY_WIDTH = 1  # greedy drafts ship no law: one candidate is enough
+
+
+class ContextFeed:
+    """Writes the drafter's context of a target's step where the step writes its own KV."""
+
+    def __init__(self, module: DSparkModule, pools: DraftPools) -> None:
+        self._module, self._pools = module, pools
+
+    def __call__(self, taps: Tensor, positions: Tensor, slots: Tensor) -> None:
+        features = self._module.project(taps)
+        for layer, (k, v) in enumerate(self._module.context_kv(features, positions)):
+            store_kv(k, v, *self._pools.layer(layer), slots)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """The context of slots goes to other slots, as the target's KV does."""
+        for layer in range(self._pools.config.num_layers):
+            for pool in self._pools.layer(layer):
+                pool.index_copy_(0, targets, pool.index_select(0, sources))
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """Blocks under way for requests at these states."""
+
+    request_ids: list[str]
+    states: list[State]
+    found: GraphDraft
+    outcome: Outcome
+
+
+class GraphDrafter(LocalDrafter):
+    """``LocalDrafter`` on a GPU for at most ``max_rows`` requests of ``max_model_len`` tokens; call ``prepare`` before the first."""
+
+    def __init__(self, module: DSparkModule, tables: BlockTables, law_width: int, max_rows: int, max_model_len: int) -> None:
+        spare = spare_blocks(module.config.num_slots, tables.block_size)
+        super().__init__(module, tables, law_width, head_top_k=0, num_spare_blocks=max_rows * spare)
+        self.feed = ContextFeed(module, self.pools)
+        width = min(law_width, module.config.draft_vocab_size)
+        blocks = -(-max_model_len // tables.block_size)
+        self._graphs = DraftGraphs(module, self.pools, tables.num_blocks, max_rows, blocks, (GREEDY_WIDTH, width))
+        self._launched: _Launched | None = None
+        self._ready: dict[str, DraftTree] = {}
+
+    def prepare(self, capture: Capture) -> None:
+        """Capture the graphs."""
+        self._graphs.prepare(capture)
+
+    def propose(self, turns: Sequence[DraftTurn]) -> None:
+        """Note what became known, and launch the blocks of all requests that may draft."""
+        self._settle()
+        for turn in turns:
+            self._advance(turn)
+        self._launch([turn.request_id for turn in turns if turn.max_draft and not turn.max_nodes and turn.request_id in self._states])
+
+    def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
+        """The drafts that were launched; what was not, now."""
+        self._settle()
+        chains = {name: self._num_wanted(name, limit) for name, limit in want.items() if not self._is_tree(name)}
+        self._launch([name for name, count in chains.items() if count and not self._is_ready(name)])
+        self._settle()
+        found = {name: self._ready.pop(name).first(count) for name, count in chains.items() if count}
+        return found | super().collect({name: limit for name, limit in want.items() if self._is_tree(name)}, wait_s)
+
+    def close(self, request_ids: Sequence[str]) -> None:
+        super().close(request_ids)
+        for request_id in request_ids:
+            self._ready.pop(request_id, None)
+
+    def _is_tree(self, request_id: str) -> bool:
+        state = self._states.get(request_id)
+        return state is not None and state.max_nodes > 0
+
+    def _is_ready(self, request_id: str) -> bool:
+        tree = self._ready.get(request_id)
+        return tree is not None and tree.base_len == self._states[request_id].base_len
+
+    def _launch(self, request_ids: list[str]) -> None:
+        if not request_ids:
+            return
+        states = [self._states[request_id] for request_id in request_ids]
+        rows = [
+            DraftRow(
+                anchor=state.anchor,
+                position=state.base_len - 1,
+                seed=state.noise_seed,
+                temperature=state.sampling.temperature,
+                is_coupled=state.sampling.rule is AcceptanceRule.COUPLED,
+                table=self._tables.table(request_id),
+            )
+            for request_id, state in zip(request_ids, states, strict=True)
+        ]
+        self._launched = _Launched(request_ids, states, *self._graphs.launch(rows))
+
+    def _settle(self) -> None:
+        """Take in what was launched, waiting for it."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        tokens, confidence, margin = launched.outcome.read()
+        draft = launched.found.draft
+        is_exact = [state.sampling.is_exact for state in launched.states]
+        # The graph's own tensors hold the laws only until it runs again.
+        ids, probs = (draft.ids, draft.probs) if all(is_exact) else (draft.ids.clone(), draft.probs.clone())
+        for row, (request_id, state) in enumerate(zip(launched.request_ids, launched.states, strict=True)):
+            if self._states.get(request_id) is state:
+                law = None if is_exact[row] else DraftLaw(ids[row], probs[row])
+                tree = DraftTree.chain(request_id, state.base_len, tokens[row], confidence[row], law, margin[row])
+                self._ready[request_id] = tree.first(min(state.max_draft, self.block_size))

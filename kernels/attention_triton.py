@@ -78,7 +78,7 @@ def attend(
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SEARCH_STEPS: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr,
     HAS_ANCESTORS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -89,13 +89,9 @@ def attend(
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    row = tile * 0
-    last = row + num_rows - 1
-    for _ in tl.static_range(SEARCH_STEPS):
-        middle = (row + last + 1) // 2
-        begins = tl.load(starts + middle) // TILE_TOKENS + middle
-        row = tl.where(begins <= tile, middle, row)
-        last = tl.where(begins <= tile, last, middle - 1)
+    rows = tl.arange(0, ROWS_BLOCK)
+    begins = tl.load(starts + rows, mask=rows < num_rows, other=2147483647) // TILE_TOKENS + rows
+    row = tl.sum((begins <= tile).to(tl.int32), 0) - 1
     start = tl.load(starts + row)
     length = tl.load(starts + row + 1) - start
     offset = (tile - start // TILE_TOKENS - row) * TILE_TOKENS

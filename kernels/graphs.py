@@ -27,17 +27,30 @@ def plain_calls(run: Callable[[], Output]) -> Callable[[], Output]:
 
 
 class CudaGraphs:
-    """Captures with one memory pool for all graphs, which must never run at the same time. Capture the largest first."""
+    """Captures with one memory pool for all graphs, which must never run at the same time. Capture the largest first.
 
-    def __init__(self) -> None:
+    What cannot be captured is called launch by launch, and ``warn`` is told once.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._warn = warn
+        self.has_failed = False
 
     def __call__(self, run: Callable[[], Output]) -> Callable[[], Output]:
         run()  # compiles kernels and lets libraries choose theirs, which a capture may not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self.has_failed:
+                self._warn(f"WARNING: steps run without CUDA graphs, which is much slower: {error}")
+            self.has_failed = True
+            return run
 
         def replay() -> Output:
             graph.replay()

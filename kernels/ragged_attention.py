@@ -181,7 +181,7 @@ def launch(
         TILE_ROWS=cut.rows,
         TILE_KEYS=cut.keys,
         SPLITS=cut.splits,
-        SEARCH_STEPS=(batch.num_rows - 1).bit_length(),
+        ROWS_BLOCK=power_of_2(batch.num_rows),
         HAS_ANCESTORS=batch.ancestors is not None,
         HAS_WINDOW=shape.window is not None,
         HAS_SOFTCAP=shape.softcap is not None,

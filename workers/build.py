@@ -149,7 +149,7 @@ def assemble(
         auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter) and not isinstance(drafter, GraphDrafter),
         overlapped=driver == "overlapped",
     )
-    options = dataclasses.replace(options, graphs=_graphs(config, target, options, drafter))
+    options = dataclasses.replace(options, graphs=_graphs(config, target, options, drafter, progress))
     try:
         engine = Engine(target, pool, drafter, dataclasses.replace(options, draft_wait_s=LOADING_WAIT_S), tokenizer)
     except torch.OutOfMemoryError as error:
@@ -186,11 +186,11 @@ def _uses_graphs(config: EngineConfig, target: Target) -> bool:
     return target.device.type == "cuda" and target.ranks is None and config.graph_tokens > 0
 
 
-def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter) -> GraphOptions | None:
+def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter, progress: Progress) -> GraphOptions | None:
     if not _uses_graphs(config, target):
         return None
     return GraphOptions(
-        capture=CudaGraphs(),
+        capture=CudaGraphs(progress),
         max_tokens=min(config.graph_tokens, options.limits.max_batch_tokens),
         max_rows=options.limits.max_num_seqs,
         max_model_len=options.max_model_len,

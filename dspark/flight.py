@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dspark.errors import DSparkError, Overloaded
@@ -46,15 +46,23 @@ class Flight:
     def receive(self) -> list[Delta]:
         """Wait for the next step that concerns these requests and return what it added."""
         arrived_at, outcomes = self._arrived.get()
-        deltas = []
+        return [collector.take(outcome, arrived_at) for collector, outcome in self._of_ours(outcomes)]
+
+    def note(self) -> None:
+        """Wait for the next step that concerns these requests; its text is made with the last one's."""
+        arrived_at, outcomes = self._arrived.get()
+        for collector, outcome in self._of_ours(outcomes):
+            collector.note(outcome, arrived_at)
+
+    def _of_ours(self, outcomes: Sequence[StepOutcome]) -> Iterator[tuple[Collector, StepOutcome]]:
+        """The outcomes of requests that were not cancelled while these were on their way."""
         for outcome in outcomes:
             collector = self._running.get(outcome.request_id)
             if collector is None:
-                continue  # cancelled while this was on its way
+                continue
             if outcome.finish is not None:
                 del self._running[outcome.request_id]
-            deltas.append(collector.take(outcome, arrived_at))
-        return deltas
+            yield collector, outcome
 
     def cancel(self) -> None:
         """Stop whatever still runs; a ``receive`` that waits in another thread returns."""
@@ -80,7 +88,7 @@ def run_all(flight: Flight, collectors: Sequence[Collector], max_concurrency: in
                         raise
                     break
                 pending.popleft()
-            flight.receive()
+            flight.note()
     finally:
         flight.cancel()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dspark.errors import WorkerLost
@@ -113,21 +113,36 @@ class Collector:
         self.submitted_at = 0.0  # on the clock of time.perf_counter
         self._text = text
         self._texts: list[str] = []
+        self._num_told = 0  # rounds whose text is in ``_texts``
         self._arrivals_s: list[float] = []
 
     def take(self, outcome: StepOutcome, arrived_at: float) -> Delta:
-        """Add one round; WorkerLost when the engine failed."""
+        """Add one round and return what it brought; WorkerLost when the engine failed."""
+        self.note(outcome, arrived_at)
+        return Delta(self.index, self._text_so_far(), outcome.tokens, self.finish and self.finish.value, outcome.logprobs)
+
+    def note(self, outcome: StepOutcome, arrived_at: float) -> None:
+        """Add one round, whose text can wait; WorkerLost when the engine failed."""
         if outcome.finish is Finish.ERROR:
             raise WorkerLost(f"the engine failed: {outcome.error}")
         self.outcomes.append(outcome)
         self.finish = outcome.finish
         if outcome.tokens:
             self._arrivals_s.append(arrived_at - self.submitted_at)
-        self._texts.append(self._text.take(outcome))
-        return Delta(self.index, self._texts[-1], outcome.tokens, self.finish and self.finish.value, outcome.logprobs)
+
+    def _text_so_far(self) -> str:
+        """The text of the rounds that were only noted: how tokens are grouped does not matter to it."""
+        new = self.outcomes[self._num_told :]
+        self._num_told = len(self.outcomes)
+        if not new:
+            return ""
+        whole = new[0] if len(new) == 1 else replace(new[-1], tokens=tuple(token for outcome in new for token in outcome.tokens))
+        self._texts.append(self._text.take(whole))
+        return self._texts[-1]
 
     def choice(self) -> Choice:
         """The whole answer; call it once the request has ended."""
+        self._text_so_far()
         rounds = [outcome for outcome in self.outcomes if outcome.tokens]
         logprobs = tuple(entry for outcome in rounds for entry in outcome.logprobs or ())
         return Choice(

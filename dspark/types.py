@@ -368,6 +368,27 @@ class DraftsAhead(Protocol):
         """How long it takes lately from ``propose`` until the drafts of that many requests are there."""
 
 
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A greedy row of a step that is under way: ``num_draft`` drafts were verified behind ``base_len`` known tokens.
+
+    ``first_row``: where the step leaves the target's best token after the anchor; those after each draft follow.
+    """
+
+    request_id: str
+    base_len: int
+    num_draft: int
+    first_row: int
+
+
+@runtime_checkable
+class ContinuesSteps(Protocol):
+    """A drafter on the target's own device, which finds out there what a step accepted, and drafts on before the host knows."""
+
+    def continue_step(self, rows: Sequence[Continuation]) -> None:
+        """Draft for the rows of the step that was launched last; the next ``propose`` may turn out to want other drafts."""
+
+
 class BlockTables(Protocol):
     """Read access to the block tables, for drafters that keep their KV under the target's block ids."""
 

@@ -46,6 +46,66 @@ def store_kv(
 
 
 @triton.jit
+def rotate_store(
+    heads,
+    cos,
+    sin,
+    query_weight,
+    key_weight,
+    query,
+    key_cache,
+    value_cache,
+    slots,
+    heads_row,
+    cos_row,
+    sin_row,
+    eps,
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """HEAD_BLOCK of a token's query, key and value heads, in this order; HALF of BLOCK columns are real."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)[:, None]
+    place = tl.arange(0, BLOCK)[None, :]
+    inside = (head < QUERY_HEADS + 2 * KEY_HEADS) & (place < HALF)
+    is_query = inside & (head < QUERY_HEADS)
+    is_key = inside & (head >= QUERY_HEADS) & (head < QUERY_HEADS + KEY_HEADS)
+    is_value = inside & (head >= QUERY_HEADS + KEY_HEADS)
+    source = heads + token * heads_row + head * 2 * HALF + place
+    left = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    plain_left, plain_right = left, right
+    if HAS_NORM:
+        scale = (1.0 / tl.sqrt_rn(tl.sum(left * left + right * right, axis=1) / (2 * HALF) + eps))[:, None]
+        at = place + head * 0
+        weight_left = tl.load(query_weight + at, mask=is_query, other=0.0) + tl.load(key_weight + at, mask=is_key, other=0.0)
+        weight_right = tl.load(query_weight + HALF + at, mask=is_query, other=0.0) + tl.load(key_weight + HALF + at, mask=is_key, other=0.0)
+        left, right = left * scale * weight_left.to(tl.float32), right * scale * weight_right.to(tl.float32)
+    turns = place < HALF
+    cos_left = tl.load(cos + token * cos_row + place, mask=turns, other=0.0).to(tl.float32)
+    cos_right = tl.load(cos + token * cos_row + HALF + place, mask=turns, other=0.0).to(tl.float32)
+    sin_left = tl.load(sin + token * sin_row + place, mask=turns, other=0.0).to(tl.float32)
+    sin_right = tl.load(sin + token * sin_row + HALF + place, mask=turns, other=0.0).to(tl.float32)
+    dtype = query.dtype.element_ty
+    turned_left = (left * cos_left - right * sin_left).to(dtype)
+    turned_right = (right * cos_right + left * sin_right).to(dtype)
+    target = query + (token * QUERY_HEADS + head) * 2 * HALF + place
+    tl.store(target, turned_left, mask=is_query)
+    tl.store(target + HALF, turned_right, mask=is_query)
+    slot = tl.load(slots + token).to(tl.int64)
+    target = key_cache + (slot * KEY_HEADS + head - QUERY_HEADS) * 2 * HALF + place
+    tl.store(target, turned_left, mask=is_key & (slot >= 0))
+    tl.store(target + HALF, turned_right, mask=is_key & (slot >= 0))
+    target = value_cache + (slot * KEY_HEADS + head - QUERY_HEADS - KEY_HEADS) * 2 * HALF + place
+    tl.store(target, plain_left.to(dtype), mask=is_value & (slot >= 0))
+    tl.store(target + HALF, plain_right.to(dtype), mask=is_value & (slot >= 0))
+
+
+@triton.jit
 def attend(
     query,
     key_cache,

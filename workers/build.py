@@ -156,7 +156,7 @@ def assemble(
         raise ConfigError(f"kv_tokens {kv_tokens} do not fit on {target.device}: lower kv_tokens or max_batch_tokens") from error
     engine.runner.prepare(progress)
     if isinstance(drafter, GraphDrafter) and options.graphs is not None:
-        drafter.prepare(options.graphs.capture)
+        drafter.prepare(options.graphs.capture, engine.runner.step_tokens)
     _check_drafter(engine, tokenizer, drafter_name, progress)
     survival = _survival(config, drafter, drafter_name)
     engine.drafts.survival = make_estimator(survival, drafter.block_size, drafter.signals)
@@ -196,6 +196,7 @@ def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafte
         max_model_len=options.max_model_len,
         longest=1 + drafter.block_size,
         with_trees=drafter.block_size > 0,
+        with_matches=isinstance(drafter, GraphDrafter),
     )
 
 

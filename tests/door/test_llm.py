@@ -215,13 +215,13 @@ def test_closing_from_another_thread_ends_the_reader(llm: LLM) -> None:
 
 
 def test_an_interrupted_generate_leaves_nothing_running(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    receive = Flight.receive
+    note = Flight.note
 
     def interrupted(self: Flight) -> Any:
-        receive(self)
+        note(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Flight, "receive", interrupted)
+    monkeypatch.setattr(Flight, "note", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([PROMPT] * 3, LONG)
     assert_idle(llm)

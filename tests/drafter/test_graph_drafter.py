@@ -38,9 +38,10 @@ def engines(target: Target, num_blocks: int = 128, overlapped: bool = True, **op
     pools = [BlockPool(num_blocks) for _ in range(2)]
     eager = make_engine(target, LocalDrafter(module, pools[0], WIDTH, head_top_k=0), pools[0], overlapped=overlapped, **options)
     drafter = GraphDrafter(module, pools[1], WIDTH, max_rows=32, max_model_len=256)
-    drafter.prepare(plain_calls)
-    graphs = GraphOptions(plain_calls, max_tokens=40, max_rows=32, max_model_len=256, longest=5, with_trees=True)
-    return eager, make_engine(target, drafter, pools[1], graphs=graphs, overlapped=overlapped, **options)
+    graphs = GraphOptions(plain_calls, max_tokens=40, max_rows=32, max_model_len=256, longest=5, with_trees=True, with_matches=True)
+    engine = make_engine(target, drafter, pools[1], graphs=graphs, overlapped=overlapped, **options)
+    drafter.prepare(plain_calls, engine.runner.step_tokens)
+    return eager, engine
 
 
 def requests(**params: Any) -> list[Request]:
@@ -125,3 +126,25 @@ def test_plain_steps_feed_it(target: Target) -> None:
     late = [key for key in common if key[1] > 40]
     assert late
     assert all(spies[0].trees[key].tokens == spies[1].trees[key].tokens for key in late)
+
+
+def test_drafts_are_begun_behind_the_step(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy requests draft on from what the device accepted; the host's own launches are for prompts and for other requests."""
+    _, engine = engines(target, speculation="static:4")
+    graphs = engine.drafter._graphs  # type: ignore[attr-defined]
+    launched = {"continue_step": 0, "launch": 0}
+    for name in launched:
+        inner = getattr(graphs, name)
+
+        def spy(rows: Any, inner: Any = inner, name: str = name) -> Any:
+            launched[name] += len(rows)
+            return inner(rows)
+
+        monkeypatch.setattr(graphs, name, spy)
+    accepted = run(engine, requests(temperature=0.0))
+    rounds = sum(len(result.outcomes) for result in accepted.values())
+    assert launched["continue_step"] > 0.8 * (rounds - len(PROMPTS))
+    assert launched["launch"] <= 2 * len(PROMPTS)
+    launched["continue_step"] = 0
+    run(engine, requests(temperature=0.8))
+    assert launched["continue_step"] == 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from helpers.triton_interpreter import mend_interpreter
 from torch import Tensor
 
-from dspark.kernels import kv_store
+from dspark.kernels import kv_store, rotary
 from dspark.kernels.paged_attention import AttentionRow, AttentionShape, reference
 from dspark.kernels.ragged_attention import RaggedBatch, launch, ragged_attention, tiling
+from dspark.kernels.rotary import HeadNorms
 
 pytest.importorskip("triton")
 mend_interpreter()
@@ -135,4 +137,23 @@ def test_store_writes_its_slots_and_no_others(store: object) -> None:
     store(heads[:, 1:4], heads[:, 4:], *caches, slots)  # type: ignore[operator]
     for cache, source in zip(caches, (heads[:, 1:4], heads[:, 4:]), strict=True):
         assert torch.equal(cache[[4, 19, 0]], source[[0, 2, 3]])
+        assert bool(cache[[i for i in range(20) if i not in (4, 19, 0)]].isnan().all())
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("rotate_store", [kv_store.launch_rotating, kv_store.rotate_and_store])
+def test_rotating_and_storing_at_once(with_norms: bool, rotate_store: Any) -> None:
+    """Queries come back turned; keys turned and values as they are lie in their slots."""
+    torch.manual_seed(0)
+    heads, angles = torch.randn(5, 4 + 2 * 3, 12, device=DEVICE), torch.randn(5, 12, device=DEVICE)
+    norms = HeadNorms(torch.rand(12, device=DEVICE), torch.rand(12, device=DEVICE), 1e-5) if with_norms else None
+    caches = [torch.full((20, 3, 12), float("nan"), device=DEVICE) for _ in range(2)]
+    slots = torch.tensor([4, -1, 19, 0, -1], dtype=torch.int32, device=DEVICE)
+    new = kv_store.Projected(heads, angles.cos(), angles.sin(), 4, 3, norms)
+    query = rotate_store(new, *caches, slots)
+    turned = rotary.reference(heads, angles.cos(), angles.sin(), 4, 3, norms)
+    torch.testing.assert_close(query, turned[:, :4], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(caches[0][[4, 19, 0]], turned[[0, 2, 3], 4:], atol=1e-6, rtol=1e-5)
+    assert torch.equal(caches[1][[4, 19, 0]], heads[[0, 2, 3], 7:])
+    for cache in caches:
         assert bool(cache[[i for i in range(20) if i not in (4, 19, 0)]].isnan().all())

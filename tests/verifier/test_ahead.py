@@ -132,3 +132,13 @@ def test_plain_steps_teach_their_own_cost() -> None:
         costs.observe_plain(64, 0, 2.0)
     assert costs.plain_seconds(64, 0) == pytest.approx(2.0, rel=0.05)
     assert costs.table.step_seconds(64, 0) == 4.0, "the table of steps that are not launched ahead stays"
+
+
+def test_the_hosts_work_counts_where_it_cannot_hide() -> None:
+    costs = LiveCosts(CostTable(Curve((1, 64), (1.0, 4.0))), 64)
+    assert costs.host_seconds(10) == 0.0
+    for _ in range(200):
+        costs.observe_host(10, 2e-3)
+    assert costs.host_seconds(10) == pytest.approx(2e-3)
+    costs.observe_host(10, 100.0)
+    assert costs.host_seconds(10) < 3e-3, "one disturbance is not believed"

@@ -4,9 +4,14 @@
 
     anchors, positions, seeds, base_lens  [R] int64   x_0 of each request, where it sits, its noise, the round
     temperatures  [R] fp32       coupled [R] int32
-    slots         [R * S] int32  where the block's own keys and values are kept while it is drafted; -1: padding
-    contexts      [R] int32      positions + S; 0 for padding            table_starts [R], tables [N] int32 as in ``ragged_attention``
-    outcome       [3, R, γ] fp64 tokens, confidence, margin: one copy to the host
+    table_starts  [R], tables [N] int32 as in ``ragged_attention``
+    outcome       [R, 3 * γ + 2] fp64 tokens, confidences, margins, anchor and position: one copy to the host
+
+A block that continues a step of the target takes its anchor and position from what that step left on the device::
+
+    first_rows, drafted  [R] int64   the step's row after the known tokens, and how many drafts were verified behind it
+    positions            [R] int64   known tokens before the step: where its own token sits if no draft stands; 0 for padding
+    own, matched         [N]         best token of every row of the step; whether the token behind a row is its best one
 
 A block's keys and values go behind its context, to positions that have no target KV yet: the rest of the request's last block, which
 nobody shares, and then blocks of the drafter's own. The target's next step writes the true context over them.
@@ -34,7 +39,9 @@ from dspark.workers.drafter.module_config import LayerMask
 from dspark.workers.drafter.paged_context import DraftPools
 
 HOST_COPIES = 3
-INT64_FIELDS = ("anchors", "positions", "seeds", "base_lens")
+INT64_FIELDS = ("anchors", "positions", "seeds", "base_lens", "first_rows", "drafted")
+GREEDY_WIDTH = 1  # greedy drafts ship no law: one candidate is enough
+CONTINUING = 0  # the key of such graphs beside the widths of laws
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,16 @@ class DraftRow:
     seed: int
     temperature: float
     is_coupled: bool
+    table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ContinuedRow:
+    """One request's block behind a step under way; ``table`` covers all positions that the step may commit."""
+
+    first_row: int
+    num_drafted: int
+    base_len: int
     table: Sequence[int]
 
 
@@ -98,106 +115,157 @@ class DraftGraphs:
         words = self._spans(max_rows)[1] + max_rows * (max_blocks + self._per_row)
         self._device = torch.zeros(words, dtype=torch.int32, device=pools.device)
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
-        shape = (3, max_rows, module.config.block_size)
-        self._outcomes = [torch.zeros(shape, dtype=torch.float64, pin_memory=is_cuda).flatten() for _ in range(HOST_COPIES)]
+        columns = 3 * module.config.block_size + 2
+        self._outcomes = [torch.zeros(max_rows * columns, dtype=torch.float64, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
         self._turn = 0
         self._replays: dict[tuple[int, int], Callable[[], GraphDraft]] = {}
 
     @torch.inference_mode()
-    def prepare(self, capture: Capture) -> None:
-        """Capture all sizes, the largest first."""
+    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor]) -> None:
+        """Capture all sizes, the largest first. ``step_tokens``: where steps of the target leave ``own`` and ``matched``."""
         for size in self._sizes[::-1]:
-            self._fill(size, [])
+            self._send(size, [], np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
             for width in self._widths:
                 self._replays[size, width] = capture(self._program(size, width))
+            self._replays[size, CONTINUING] = capture(self._continuing(size, *step_tokens))
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[DraftRow]) -> tuple[GraphDraft, Outcome]:
         """Draft for the rows; nothing waits for the device. At most three outcomes may be unread."""
-        size = next(size for size in self._sizes if size >= len(rows))
         width = self._widths[0] if all(row.temperature == 0.0 for row in rows) else self._widths[-1]
-        self._fill(size, rows)
-        found = self._replays[size, width]()
-        return found, Outcome(found.outcome, self._outcomes[self._turn])
+        size, count = self._size(len(rows)), len(rows)
+        positions = np.fromiter((row.position for row in rows), np.int64, count)
+        self._send(
+            size,
+            [row.table for row in rows],
+            -(-positions // self._pools.block_size),
+            positions,
+            anchors=np.fromiter((row.anchor for row in rows), np.int64, count),
+            seeds=np.fromiter((row.seed for row in rows), np.int64, count),
+            base_lens=positions + 1,
+            temperatures=np.fromiter((row.temperature for row in rows), np.float32, count),
+            coupled=np.fromiter((row.is_coupled for row in rows), np.int32, count),
+        )
+        return self._replay(size, width)
 
-    def _program(self, size: int, width: int) -> Callable[[], GraphDraft]:
-        config, pools = self._module.config, self._pools
-        slots_a_row = config.num_slots
+    @torch.inference_mode()
+    def continue_step(self, rows: Sequence[ContinuedRow]) -> tuple[GraphDraft, Outcome]:
+        """Draft greedily behind the step that was launched last, before anybody knows what it accepted."""
+        size, count = self._size(len(rows)), len(rows)
+        self._send(
+            size,
+            [row.table for row in rows],
+            np.fromiter((len(row.table) for row in rows), np.int64, count),
+            np.fromiter((row.base_len for row in rows), np.int64, count),
+            first_rows=np.fromiter((row.first_row for row in rows), np.int64, count),
+            drafted=np.fromiter((row.num_drafted for row in rows), np.int64, count),
+        )
+        return self._replay(size, CONTINUING)
+
+    def _size(self, num_rows: int) -> int:
+        return next(size for size in self._sizes if size >= num_rows)
+
+    def _replay(self, size: int, key: int) -> tuple[GraphDraft, Outcome]:
+        found = self._replays[size, key]()
+        return found, Outcome(found.outcome, self._outcomes[self._turn], self._module.config.block_size)
+
+    def _fields(self, size: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The device's fields of so many rows, and their tables."""
         spans, tables = self._spans(size)
         fields = {name: self._device[slice(*span)] for name, span in spans.items()}
-        fields |= {name: fields[name].view(torch.int64) for name in INT64_FIELDS}
-        batch = RaggedBatch(
-            positions=torch.empty(0, device=pools.device),
-            starts=torch.arange(0, size * slots_a_row + 1, slots_a_row, dtype=torch.int32, device=pools.device),
-            contexts=fields["contexts"],
-            table_starts=fields["table_starts"],
-            tables=self._device[tables:],
-            block_size=pools.block_size,
-            longest=slots_a_row,
-        )
-        offsets = torch.arange(slots_a_row, device=pools.device)
+        return fields | {name: fields[name].view(torch.int64) for name in INT64_FIELDS}, self._device[tables:]
+
+    def _program(self, size: int, width: int) -> Callable[[], GraphDraft]:
+        """Draft from anchors that the host knows."""
+        fields, tables = self._fields(size)
+        rows = DrawRows(fields["temperatures"].view(torch.float32), fields["seeds"], fields["base_lens"], fields["coupled"])
 
         def run() -> GraphDraft:
-            anchors, positions = fields["anchors"], fields["positions"]
-            own = (positions.unsqueeze(1) + offsets).flatten()
-            context = RaggedContext(pools, dataclasses.replace(batch, positions=own), fields["slots"], positions)
-            hidden = self._module.block_hidden(anchors, positions, context)
-            rows = DrawRows(fields["temperatures"].view(torch.float32), fields["seeds"], fields["base_lens"], fields["coupled"] != 0)
-            draft = draw_block(self._module, hidden, anchors, rows, width, None)
-            return GraphDraft(draft, torch.stack([draft.tokens.double(), draft.confidence.double(), draft.margin.double()]))
+            draw = dataclasses.replace(rows, coupled=rows.coupled != 0)
+            return self._draft(size, width, draw, fields["anchors"], fields["positions"], fields["table_starts"], tables)
 
         return run
+
+    def _continuing(self, size: int, own: Tensor, matched: Tensor) -> Callable[[], GraphDraft]:
+        """Draft greedily from anchors that the last step of the target left."""
+        fields, tables = self._fields(size)
+        depths = torch.arange(self._module.config.block_size, device=self._pools.device)
+        zeros = torch.zeros(size, dtype=torch.int64, device=self._pools.device)
+        rows = DrawRows(zeros.float(), zeros, zeros, zeros != 0)
+
+        def run() -> GraphDraft:
+            first, bases = fields["first_rows"], fields["positions"]
+            at = (first.unsqueeze(1) + depths).clamp(max=own.shape[0] - 1)
+            stands = matched[at] & (depths < fields["drafted"].unsqueeze(1))
+            accepted = stands.long().cumprod(1).sum(1)
+            anchors = own.index_select(0, first + accepted)
+            positions = torch.where(bases > 0, bases + accepted, 0)
+            return self._draft(size, GREEDY_WIDTH, rows, anchors, positions, fields["table_starts"], tables)
+
+        return run
+
+    def _draft(
+        self, size: int, width: int, rows: DrawRows, anchors: Tensor, positions: Tensor, table_starts: Tensor, tables: Tensor
+    ) -> GraphDraft:
+        """The block of every row, whose anchor sits at ``positions`` (0: padding; no anchor is a request's first token)."""
+        config, pools = self._module.config, self._pools
+        num_slots, block_size = config.num_slots, pools.block_size
+        places = positions.unsqueeze(1) + torch.arange(num_slots, device=pools.device)
+        blocks = tables.index_select(0, (table_starts.unsqueeze(1) + places // block_size).flatten()).view_as(places)
+        is_real = positions > 0
+        slots = torch.where(is_real.unsqueeze(1), blocks * block_size + places % block_size, -1).flatten()
+        batch = RaggedBatch(
+            positions=places.flatten(),
+            starts=torch.arange(0, size * num_slots + 1, num_slots, dtype=torch.int32, device=pools.device),
+            contexts=torch.where(is_real, positions + num_slots, 0).to(torch.int32),
+            table_starts=table_starts,
+            tables=tables,
+            block_size=block_size,
+            longest=num_slots,
+        )
+        hidden = self._module.block_hidden(anchors, positions, RaggedContext(pools, batch, slots, positions))
+        draft = draw_block(self._module, hidden, anchors, rows, width, None)
+        numbers = (draft.tokens, draft.confidence, draft.margin, anchors.unsqueeze(1), positions.unsqueeze(1))
+        return GraphDraft(draft, torch.cat([part.to(torch.float64) for part in numbers], dim=1))
 
     def _spans(self, size: int) -> tuple[dict[str, tuple[int, int]], int]:
         """Where the fields of so many rows lie, and where their tables begin, in 32-bit words."""
         sizes = dict.fromkeys(INT64_FIELDS, 2 * size)
-        sizes |= {"temperatures": size, "coupled": size, "contexts": size, "table_starts": size}
-        sizes["slots"] = size * self._module.config.num_slots
+        sizes |= {"temperatures": size, "coupled": size, "table_starts": size}
         ends = np.cumsum(list(sizes.values())).tolist()
         return {name: (end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}, ends[-1]
 
-    def _fill(self, size: int, rows: Sequence[DraftRow]) -> None:
-        """Send the rows, padded to ``size``, to the device with one copy."""
+    def _send(
+        self,
+        size: int,
+        tables: Sequence[Sequence[int]],
+        held: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        **others: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.float32],
+    ) -> None:
+        """Send rows, padded to ``size``, to the device with one copy: the first ``held`` blocks of each table, then blocks of our own."""
         self._turn = (self._turn + 1) % HOST_COPIES
         words: NDArray[np.int32] = self._pinned[self._turn].numpy()
         spans, begin = self._spans(size)
-        fields = {name: words[slice(*span)] for name, span in spans.items()}
-        count, block_size, num_slots = len(rows), self._pools.block_size, self._module.config.num_slots
-        positions = np.fromiter((row.position for row in rows), np.int64, count)
-        self._put(fields["anchors"], np.fromiter((row.anchor for row in rows), np.int64, count))
-        self._put(fields["positions"], positions)
-        self._put(fields["seeds"], np.fromiter((row.seed for row in rows), np.int64, count))
-        self._put(fields["base_lens"], positions + 1)
-        self._put(fields["temperatures"], np.fromiter((row.temperature for row in rows), np.float32, count))
-        self._put(fields["coupled"], np.fromiter((row.is_coupled for row in rows), np.int32, count))
-        self._put(fields["contexts"], (positions + num_slots).astype(np.int32))
-        held = -(-positions // block_size)  # blocks of the context; what the block needs beyond is its own
         counts = held + self._per_row
-        starts = np.cumsum(counts) - counts
-        self._put(fields["table_starts"], starts.astype(np.int32))
-        parts = [part for row, spare, n in zip(rows, self._spare, held.tolist(), strict=False) for part in (row.table[:n], spare)]
-        tables = np.frombuffer(b"".join(parts), dtype=np.int32)  # type: ignore[arg-type]
-        words[begin : begin + len(tables)] = tables
-        places = positions[:, None] + np.arange(num_slots)
-        blocks = tables[starts[:, None] + places // block_size] if count else np.empty((0, num_slots), dtype=np.int64)
-        slots = fields["slots"]
-        slots[: count * num_slots] = (blocks.astype(np.int64) * block_size + places % block_size).ravel()
-        slots[count * num_slots :] = -1
-        end = begin + len(tables)
+        starts = (np.cumsum(counts) - counts).astype(np.int32)
+        for name, values in {"positions": positions, "table_starts": starts, **others}.items():
+            field = words[slice(*spans[name])]
+            raw = values.view(np.int32)
+            field[: len(raw)] = raw
+            field[len(raw) :] = 0
+        parts = [part for table, spare, n in zip(tables, self._spare, held.tolist(), strict=False) for part in (table[:n], spare)]
+        blocks = np.frombuffer(b"".join(parts), dtype=np.int32)  # type: ignore[arg-type]
+        end = begin + len(blocks)
+        words[begin:end] = blocks
         self._device[:end].copy_(self._pinned[self._turn][:end], non_blocking=True)
-
-    @staticmethod
-    def _put(words: NDArray[np.int32], values: NDArray[np.int64] | NDArray[np.int32] | NDArray[np.float32]) -> None:
-        """Values as they lie in memory, then zeros."""
-        raw = values.view(np.int32)
-        words[: len(raw)] = raw
-        words[len(raw) :] = 0
 
 
 class Outcome:
-    """Tokens, confidences and margins on their way to the host."""
+    """Tokens, confidences, margins, anchors and positions on their way to the host."""
 
-    def __init__(self, outcome: Tensor, host: Tensor) -> None:
+    def __init__(self, outcome: Tensor, host: Tensor, block_size: int) -> None:
+        self._block_size = block_size
         self._host = host[: outcome.numel()].view(outcome.shape)
         self._host.copy_(outcome, non_blocking=True)
         self._done: torch.cuda.Event | None = None
@@ -205,12 +273,28 @@ class Outcome:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
-    def read(self) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
-        """Wait for them: [R][γ] each, padding rows included."""
+    def read(self) -> list[DraftedBlock]:
+        """Wait for them; one for each row, padding included."""
         if self._done is not None:
             self._done.synchronize()
-        tokens: list[list[int]] = self._host[0].to(torch.int64).tolist()
-        return tokens, self._host[1].tolist(), self._host[2].tolist()
+        gamma = self._block_size
+        whole = self._host[:, [*range(gamma), -2, -1]].to(torch.int64).tolist()
+        scores: list[list[float]] = self._host[:, gamma:-2].tolist()
+        return [
+            DraftedBlock(numbers[:gamma], score[:gamma], score[gamma:], numbers[-2], numbers[-1])
+            for numbers, score in zip(whole, scores, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedBlock:
+    """One row's outcome: γ tokens behind ``anchor`` at ``position``."""
+
+    tokens: list[int]
+    confidence: list[float]
+    margin: list[float]
+    anchor: int
+    position: int
 
 
 def spare_blocks(num_slots: int, block_size: int) -> int:

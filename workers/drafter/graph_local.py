@@ -15,13 +15,11 @@ from torch import Tensor
 from dspark.kernels.graphs import Capture
 from dspark.kernels.kv_store import store_kv
 from dspark.sampling import AcceptanceRule
-from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
-from dspark.workers.drafter.draft_graphs import DraftGraphs, DraftRow, GraphDraft, Outcome, spare_blocks
+from dspark.types import BlockTables, Continuation, DraftLaw, DraftTree, DraftTurn
+from dspark.workers.drafter.draft_graphs import GREEDY_WIDTH, ContinuedRow, DraftGraphs, DraftRow, GraphDraft, Outcome, spare_blocks
 from dspark.workers.drafter.dspark_module import DSparkModule
-from dspark.workers.drafter.local import LocalDrafter, State
+from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.paged_context import DraftPools
-
-GREEDY_WIDTH = 1  # greedy drafts ship no law: one candidate is enough
 
 
 class ContextFeed:
@@ -44,10 +42,9 @@ class ContextFeed:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """Blocks under way for requests at these states."""
+    """Blocks under way."""
 
     request_ids: list[str]
-    states: list[State]
     found: GraphDraft
     outcome: Outcome
 
@@ -62,19 +59,31 @@ class GraphDrafter(LocalDrafter):
         width = min(law_width, module.config.draft_vocab_size)
         blocks = -(-max_model_len // tables.block_size)
         self._graphs = DraftGraphs(module, self.pools, tables.num_blocks, max_rows, blocks, (GREEDY_WIDTH, width))
-        self._launched: _Launched | None = None
+        self._launched: list[_Launched] = []
+        self._continued: set[str] = set()  # requests whose next block was launched behind the step that is under way
         self._ready: dict[str, DraftTree] = {}
 
-    def prepare(self, capture: Capture) -> None:
-        """Capture the graphs."""
-        self._graphs.prepare(capture)
+    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor]) -> None:
+        """Capture the graphs. ``step_tokens``: the best tokens that a step of the target leaves, and which drafts equal them."""
+        self._graphs.prepare(capture, step_tokens)
+
+    def continue_step(self, rows: Sequence[Continuation]) -> None:
+        """Launch the next blocks right behind the step, whose verdict they take from the device."""
+        self._settle()
+        tables = [self._tables.table(row.request_id) for row in rows]
+        blocks = [ContinuedRow(row.first_row, row.num_draft, row.base_len, table) for row, table in zip(rows, tables, strict=True)]
+        names = [row.request_id for row in rows]
+        self._launched.append(_Launched(names, *self._graphs.continue_step(blocks)))
+        self._continued = set(names)
 
     def propose(self, turns: Sequence[DraftTurn]) -> None:
-        """Note what became known, and launch the blocks of all requests that may draft."""
-        self._settle()
+        """Note what became known, and launch the blocks of all requests that may draft and do not yet."""
+        if not self._continued:
+            self._settle()
         for turn in turns:
             self._advance(turn)
-        self._launch([turn.request_id for turn in turns if turn.max_draft and not turn.max_nodes and turn.request_id in self._states])
+        begun, self._continued = self._continued, set()
+        self._launch([t.request_id for t in turns if t.request_id not in begun and self._num_wanted(t.request_id, 1) and not t.max_nodes])
 
     def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
         """The drafts that were launched; what was not, now."""
@@ -113,20 +122,20 @@ class GraphDrafter(LocalDrafter):
             )
             for request_id, state in zip(request_ids, states, strict=True)
         ]
-        self._launched = _Launched(request_ids, states, *self._graphs.launch(rows))
+        self._launched.append(_Launched(request_ids, *self._graphs.launch(rows)))
 
     def _settle(self) -> None:
-        """Take in what was launched, waiting for it."""
-        launched, self._launched = self._launched, None
-        if launched is None:
-            return
-        tokens, confidence, margin = launched.outcome.read()
-        draft = launched.found.draft
-        is_exact = [state.sampling.is_exact for state in launched.states]
-        # The graph's own tensors hold the laws only until it runs again.
-        ids, probs = (draft.ids, draft.probs) if all(is_exact) else (draft.ids.clone(), draft.probs.clone())
-        for row, (request_id, state) in enumerate(zip(launched.request_ids, launched.states, strict=True)):
-            if self._states.get(request_id) is state:
-                law = None if is_exact[row] else DraftLaw(ids[row], probs[row])
-                tree = DraftTree.chain(request_id, state.base_len, tokens[row], confidence[row], law, margin[row])
-                self._ready[request_id] = tree.first(min(state.max_draft, self.block_size))
+        """Take in what was launched, waiting for it; blocks behind another anchor than the request's are dropped."""
+        launched, self._launched = self._launched, []
+        for blocks in launched:
+            states = [self._states.get(request_id) for request_id in blocks.request_ids]
+            draft = blocks.found.draft
+            ids, probs = draft.ids, draft.probs
+            if any(state is not None and not state.sampling.is_exact for state in states):
+                ids, probs = ids.clone(), probs.clone()  # the graph's own tensors hold the laws only until it runs again
+            for row, (request_id, state, block) in enumerate(zip(blocks.request_ids, states, blocks.outcome.read(), strict=False)):
+                if state is None or (state.base_len - 1, state.anchor) != (block.position, block.anchor):
+                    continue
+                law = None if state.sampling.is_exact else DraftLaw(ids[row], probs[row])
+                tree = DraftTree.chain(request_id, state.base_len, block.tokens, block.confidence, law, block.margin)
+                self._ready[request_id] = tree

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from dspark.kernels.kv_store import store_kv
+from dspark.kernels.kv_store import Projected, rotate_and_store, store_kv
 from dspark.kernels.paged_attention import AttentionRow, AttentionShape, PagedBatch, paged_attention
 from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
 
@@ -105,6 +105,11 @@ class RaggedStep:
         if source == layer:
             store_kv(tensors.key, tensors.value, keys, values, self.slots)
         return ragged_attention(tensors.query, keys, values, self.batch, shape, sinks)
+
+    def attend_projected(self, layer: int, new: Projected, shape: AttentionShape) -> Tensor:
+        """``attend`` of a layer with KV of its own, from its merged projection: [T, H, D]."""
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        return ragged_attention(rotate_and_store(new, keys, values, self.slots), keys, values, self.batch, shape)
 
 
 def make_step(store: KVStore, rows: Sequence[AttentionRow], slots: list[int], padding: int) -> PagedStep | RaggedStep:

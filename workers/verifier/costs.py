@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+HOST_RATE = 0.05  # of the running mean of the host's work
+LONGEST_HOST_ROW_S = 1e-3  # of a request; more is a disturbance
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ class LiveCosts:
         self._draft = Correction(measured.draft.sizes)
         self._plain = Correction(measured.verify.sizes)
         self._plain_curve: Curve | None = None
+        self._host_row_s = 0.0
         self._num_observed = 0
         self._dense = measured.verify.dense(max_tokens)
 
@@ -179,11 +182,19 @@ class LiveCosts:
         self._refresh()
 
     def plain_seconds(self, num_tokens: int, context_tokens: int) -> float:
-        """Seconds of a step without drafts: less than the table says where such steps are launched ahead."""
-        seconds = self.table.step_seconds(num_tokens, context_tokens)
+        """Seconds of a step without drafts that is launched ahead: what the table says, until such steps have run."""
         if self._plain_curve is None:
-            return seconds
-        return min(seconds, self._plain_curve(num_tokens) + self.table.verify_context_s * context_tokens)
+            return self.table.step_seconds(num_tokens, context_tokens)
+        return self._plain_curve(num_tokens) + self.table.verify_context_s * context_tokens
+
+    def observe_host(self, num_rows: int, seconds: float) -> None:
+        """Between the verdicts of a round and the next one, with nothing on the device, the host took ``seconds`` for so many requests."""
+        row_s = min(seconds / num_rows, LONGEST_HOST_ROW_S)
+        self._host_row_s += (HOST_RATE if self._host_row_s else 1.0) * (row_s - self._host_row_s)
+
+    def host_seconds(self, num_rows: int) -> float:
+        """What to expect of it; 0 where it is not measured."""
+        return self._host_row_s * num_rows
 
     def _refresh(self) -> None:
         self._num_observed += 1

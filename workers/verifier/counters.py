@@ -53,6 +53,12 @@ class EngineCounters:
         self.by_rule[rule].drafted += drafted
         self.by_rule[rule].accepted += accepted
 
+    def count_plain(self) -> None:
+        """Take in a round of one token without drafts, not the first round of all."""
+        self.rounds += 1
+        self.generated += 1
+        self.windows[0] += 1
+
     def accepted_by_position(self) -> dict[str, int]:
         """How often the drafted token at each position was accepted, as labelled counters; position 0 is the first of a draft."""
         rounds = list(self.accepted_lengths)

@@ -76,6 +76,7 @@ class DraftPlanner:
     survival: SurvivalEstimator
     costs: LiveCosts | None = None
     looks_back: bool = False
+    runs_ahead: bool = False  # plain steps are launched before their turn
     speculation_limit: float = 1.0
     budget: int = 0  # drafted tokens that the last plan admitted
     is_paused: bool = False  # whether adaptive requests decode plainly now
@@ -116,7 +117,9 @@ class DraftPlanner:
         context = sum(s.num_computed for s in rows)
         shape = StepShape(len(rows), 0, context)
         seconds = shape.seconds(self.costs, len(drafting) * self.policy.block_size)
-        seconds[0] = min(seconds[0], self.costs.plain_seconds(len(rows), context))
+        seconds = seconds + self.costs.host_seconds(len(rows))
+        if self.runs_ahead:  # the host's work lies under such steps
+            seconds[0] = self.costs.plain_seconds(len(rows), context)
         share = context * len(drafting) // len(rows)
         self._last_depth = min(most, self.policy.depth(len(rows), len(drafting), share, self.costs.table, seconds))
         self.is_paused = not self._last_depth
@@ -147,6 +150,7 @@ class DraftPlanner:
         can_look_ahead = all(_cannot_be_biased(s.sequence) for s in trimmed)
         # an early stop would stop in front of every stair
         seconds = shape.seconds(costs, fixed + min(left, survival.size), can_look_ahead or self.looks_back)[fixed:]
+        seconds = seconds + costs.host_seconds(num_rows)
         count = self._count(ranking, num_rows, seconds, can_look_ahead)
         if trimmed and min([s.limit_s for s in shares]) < math.inf:
             pace = _pace(trimmed, shares)

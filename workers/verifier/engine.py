@@ -16,7 +16,21 @@ from torch import Tensor
 
 from dspark.errors import BadRequest, Overloaded
 from dspark.kernels.buckets import pad_rows
-from dspark.types import Drafter, DraftsAhead, DraftTree, DraftTurn, Finish, Mode, PlanRow, Request, Speculation, StepOutcome, VerifyPlan
+from dspark.types import (
+    Continuation,
+    ContinuesSteps,
+    Drafter,
+    DraftsAhead,
+    DraftTree,
+    DraftTurn,
+    Finish,
+    Mode,
+    PlanRow,
+    Request,
+    Speculation,
+    StepOutcome,
+    VerifyPlan,
+)
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.ahead import Flight, RunAhead
 from dspark.workers.verifier.aside import Aside
@@ -72,6 +86,7 @@ class StepTimes:
     judged_s: float = 0.0
     num_drafting: int = 0
     depth: int = 0
+    before_s: float = 0.0  # when the verdicts of the step before were known
 
     @property
     def draft_s(self) -> float:
@@ -125,6 +140,7 @@ class Engine:
         self.aside = Aside()
         self._ships_features = bool(drafter.taps) and getattr(drafter, "feed", None) is None
         self.ahead = RunAhead(self.runner, self.scheduler, pool, options.overlapped and not self._ships_features)
+        self.drafts.runs_ahead = self.ahead.can_run
         self._flight: Flight | None = None  # a plain step that was launched before its turn
         self._landed_s = 0.0
         self.judge: Judge = judge
@@ -165,6 +181,7 @@ class Engine:
         if request.sampling.stop:
             sequence.text = TextStream(self.tokenizer, request.sampling)
             sequence.text.push(sequence.output)
+        sequence.stop_ids = self._stop_ids(sequence)
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
@@ -204,7 +221,7 @@ class Engine:
         """Run one round for everything that is admitted; one outcome for each request that got tokens or ended."""
         if self._flight is not None:
             return self._land(self._flight)
-        times = StepTimes(self.clock())
+        times = StepTimes(self.clock(), before_s=self._landed_s)
         self.scheduler.choose(times.begin_s)
         self._take_turns()
         times.num_drafting, times.depth = self._collect()
@@ -216,6 +233,8 @@ class Engine:
         depth = self._depth_ahead(plan)
         if depth == 0:
             self._flight = self.ahead.after_step(plan, result, self.sequences)
+        elif (depth or times.num_drafting) and result.best is not None:
+            self._continue(plan, result)
         verdicts = self._judge(plan, result)
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
@@ -233,6 +252,23 @@ class Engine:
         self._landed_s = times.judged_s
         self._forget(ended)
         return outcomes
+
+    def _continue(self, plan: VerifyPlan, result: StepResult) -> None:
+        """Let a drafter on the device begin the next blocks of greedy requests behind the step itself."""
+        if not isinstance(self.drafter, ContinuesSteps):
+            return
+        rows = [
+            Continuation(row.request_id, row.start + row.num_known, row.num_draft, first)
+            for row, first in zip(plan.rows, result.first_row, strict=True)
+            if row.samples and row.num_commit == row.num_draft and self._can_continue(self.sequences[row.request_id])
+        ]
+        if rows:
+            self.drafter.continue_step(rows)
+
+    def _can_continue(self, sequence: Sequence) -> bool:
+        """Whether its next draft can be begun before the host knows what this step accepted."""
+        is_chain = sequence.draft is None or sequence.draft.is_chain
+        return sequence.takes_best and sequence.drafts_wanted > 0 and is_chain and not sequence.speculation.tree_nodes
 
     def _depth_ahead(self, plan: VerifyPlan) -> int | None:
         """How deep to draft for the next step, asked before this one's tokens are known; None: too early to say."""
@@ -260,22 +296,29 @@ class Engine:
         self.counters.steps += 1
         self.counters.step_tokens += len(tokens)
         outcomes: list[StepOutcome] = []
-        advances: list[Advance] = []
         ended: list[Sequence] = []
-        for sequence, token in zip(flight.sequences, tokens, strict=True):
-            if self.sequences.get(sequence.request.id) is not sequence:
-                continue  # it ended, or was aborted, while this step was under way
+        landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if self.sequences.get(s.request.id) is s]
+        for sequence, token in landed:  # the others ended, or were aborted, while this step was under way
             sequence.draft = None
-            outcome = self._commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
+            outcome = self._commit_one(sequence, token) or self._commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
             outcomes.append(outcome)
-            self.scheduler.commit(sequence, sequence.num_known - 1)
+            self.scheduler.commit_one(sequence)
             if outcome.finish is not None:
                 ended.append(sequence)
-            advances.append(Advance(sequence, (), sequence.num_computed))
+        advances = [Advance(sequence, (), sequence.num_computed) for sequence, _ in landed]
         if self._flight is None:
             self._propose(advances, ended, None, depth)
         self._forget(ended)
         return outcomes
+
+    def _commit_one(self, sequence: Sequence, token: int) -> StepOutcome | None:
+        """``_commit_tokens`` of a plain token, if nothing could end the request with it; otherwise None, and nothing is done."""
+        base_len = len(sequence.tokens) + 1
+        if base_len >= sequence.max_len or token in sequence.stop_ids or sequence.text is not None or sequence.first_s is None:
+            return None
+        sequence.append_one(token)
+        self.counters.count_plain()
+        return StepOutcome(sequence.request.id, base_len, (token,), 0, num_cached_tokens=sequence.num_cached)
 
     def _take_turns(self) -> None:
         """Where drafts are made elsewhere, let one of two cohorts sit the step out if that is predicted to pay."""
@@ -338,7 +381,7 @@ class Engine:
             output=sequence.output,
             draft=sequence.draft.first(num_draft) if sequence.draft is not None and num_draft else None,
             first_row=first_row,
-            stop_ids=self._stop_ids(sequence),
+            stop_ids=sequence.stop_ids,
             may_branch=sequence.speculation.tree_nodes > 0,
         )
 
@@ -360,6 +403,8 @@ class Engine:
         self.counters.step_seconds += times.verify_s
         self.counters.predicted_seconds += predicted_s + costs.table.prefill_s * record.num_prefill
         if not record.num_prefill:
+            if self.ahead.can_run and times.num_drafting and times.before_s:
+                costs.observe_host(record.num_rows, times.begin_s - times.before_s)
             costs.observe_verify(record.num_tokens, record.context, times.verify_s)
             if times.num_drafting == record.num_rows:
                 self.shapes.observe(record.num_rows, record.tree_nodes, record.num_committed, times.judged_s - times.begin_s)

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.kernels.kv_store import Projected
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rotary import HeadNorms, rotate_heads
+from dspark.kernels.small_linear import MAX_ROWS, small_linear
 from dspark.kernels.swiglu import swiglu
-from dspark.workers.verifier.attention import QKV, AttentionStep
+from dspark.workers.verifier.attention import QKV, AttentionStep, RaggedStep
 from dspark.workers.verifier.parallel.sharding import RowParallel
 from dspark.workers.verifier.targets import Target
 
@@ -42,6 +44,8 @@ class FusedLayer(nn.Module):
         self.gate_up = _merge(mlp.gate_proj, mlp.up_proj)
         self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
         self.norms = _head_norms(attention)
+        # Not a rank's share, whose products are sums of several ranks; and gates without bias.
+        self.is_whole = type(attention.o_proj) is type(mlp.down_proj) is nn.Linear and self.gate_up[1] is None
         self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
 
     def forward(
@@ -49,14 +53,35 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         """``position_embeddings``: cos and sin [1, T, head_dim]."""
         hidden = hidden_states[0]
+        if hidden.is_cuda and hidden.shape[0] <= MAX_ROWS and self.is_whole and isinstance(step, RaggedStep):
+            return self.few_rows(hidden, position_embeddings, step).unsqueeze(0)
         normed = rms_norm(hidden, self.input_norm.weight, self.input_norm.variance_epsilon)
         attended = self.o_proj(self._attend(normed, position_embeddings, step))
         normed, hidden = add_rms_norm(attended, hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
         return _add_product(hidden, swiglu(F.linear(normed, *self.gate_up)), self.down_proj).unsqueeze(0)
 
+    def few_rows(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], step: RaggedStep) -> Tensor:
+        """``forward`` of few tokens [T, d]: norms, gate and residuals are part of the four products, which read the weights once."""
+        qkv, bias = self.qkv
+        norm = (self.input_norm.weight, self.input_norm.variance_epsilon)
+        attended = self._attend_projected(small_linear(hidden, qkv, bias, norm), rotary, step)
+        hidden = small_linear(attended, self.o_proj.weight, self.o_proj.bias, residual=hidden)
+        norm = (self.post_norm.weight, self.post_norm.variance_epsilon)
+        inner = small_linear(hidden, self.gate_up[0], norm=norm, is_gated=True)
+        return small_linear(inner, self.down_proj.weight, self.down_proj.bias, residual=hidden)
+
+    def _attend_projected(self, projected: Tensor, rotary: tuple[Tensor, Tensor], step: RaggedStep) -> Tensor:
+        tokens = projected.shape[0]
+        heads = projected.view(tokens, self.heads + 2 * self.kv_heads, self.head_dim)
+        new = Projected(heads, rotary[0][0], rotary[1][0], self.heads, self.kv_heads, self.norms)
+        return step.attend_projected(self.layer_idx, new, self.shape).reshape(tokens, -1)
+
     def _attend(self, normed: Tensor, rotary: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
         tokens, rotated = normed.shape[0], self.heads + self.kv_heads
-        heads = F.linear(normed, *self.qkv).view(tokens, rotated + self.kv_heads, self.head_dim)
+        projected = F.linear(normed, *self.qkv)
+        if isinstance(step, RaggedStep):
+            return self._attend_projected(projected, rotary, step)
+        heads = projected.view(tokens, rotated + self.kv_heads, self.head_dim)
         cos, sin = rotary
         turned = rotate_heads(heads, cos[0], sin[0], self.heads, self.kv_heads, self.norms)
         tensors = QKV(turned[:, : self.heads], turned[:, self.heads :], heads[:, rotated:])

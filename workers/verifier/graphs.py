@@ -37,6 +37,7 @@ class GraphSizes:
     max_blocks: int  # block ids that the rows of one step name at most
     longest: int
     with_trees: bool
+    with_matches: bool = False  # leave behind which drafts equal the best token before them
 
 
 class OwnTokens:
@@ -119,8 +120,12 @@ class GraphForward(Forward):
 
         def run() -> StepOutput:
             step = RaggedStep(self.store, views.batch, views.slots)
-            output = self.forward(buffers.gather_ids(views), views.positions, views.wanted, step)
+            ids = buffers.gather_ids(views)
+            output = self.forward(ids, views.positions, views.wanted, step)
             buffers.own[:size].copy_(first_argmax(output.logits))
+            if sizes.with_matches:
+                behind = ids.index_select(0, (views.wanted + 1).clamp(max=size - 1))
+                buffers.matched[:size].copy_(buffers.own[:size] == behind)
             taps = None if output.taps is None or self.feed is not None else self._kept("taps", output.taps)
             return StepOutput(self._kept("logits", output.logits), taps)
 

@@ -47,10 +47,11 @@ class GraphOptions:
     max_model_len: int
     longest: int = 1
     with_trees: bool = False
+    with_matches: bool = False
 
     def sizes(self, block_size: int) -> GraphSizes:
         blocks = self.max_rows * -(-self.max_model_len // block_size)
-        return GraphSizes(graph_sizes(self.max_tokens), self.max_rows, blocks, self.longest, self.with_trees)
+        return GraphSizes(graph_sizes(self.max_tokens), self.max_rows, blocks, self.longest, self.with_trees, self.with_matches)
 
 
 class Runner:
@@ -83,6 +84,12 @@ class Runner:
         if self._sizes:
             return fitting(self._sizes, num_tokens)
         return padded_size(num_tokens, self.target.device, self.target.dtype)
+
+    @property
+    def step_tokens(self) -> tuple[Tensor, Tensor]:
+        """What every graph leaves on the device: the best token of each wanted row, and whether the token behind the row equals it."""
+        assert self._graphs is not None
+        return self._graphs.buffers.own, self._graphs.buffers.matched
 
     @property
     def max_launched(self) -> int:

@@ -122,6 +122,14 @@ class Scheduler:
             for index in range(before // size, num_computed // size):
                 self.pool.register(sequence.id, index, hashes[index])
 
+    def commit_one(self, sequence: Sequence) -> None:
+        """``commit`` of all but the last known token, where one more was computed than before."""
+        num_computed = len(sequence.tokens) - 1
+        if num_computed % self.pool.block_size:
+            sequence.num_computed = num_computed
+        else:
+            self.commit(sequence, num_computed)
+
     def _key(self, sequence: Sequence) -> tuple[int, int]:
         return self._order[sequence.id]
 

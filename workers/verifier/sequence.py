@@ -43,6 +43,7 @@ class Sequence:
     num_after_first: int = 0  # tokens committed since
     tokens_per_round: float = 1.0  # running mean
     limit_s: float = math.inf  # seconds a token that keep its latency budget, as of this step
+    stop_ids: tuple[int, ...] = ()  # tokens that end it
     is_plain: bool = False  # greedy, without anything that edits logits or asks for their values (``min_tokens`` apart)
     left_out: int = 0  # steps in a row that it sat out for others' budgets
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -85,6 +86,13 @@ class Sequence:
         else:
             self.num_after_first += len(tokens)
             self.tokens_per_round += ROUND_RATE * (len(tokens) - self.tokens_per_round)
+
+    def append_one(self, token: int) -> None:
+        """``append`` of one token that is not the first."""
+        self.tokens.append(token)
+        self._output.append(token)
+        self.num_after_first += 1
+        self.tokens_per_round += ROUND_RATE * (1.0 - self.tokens_per_round)
 
     def max_draft(self, block_size: int) -> int:
         """How many drafted tokens could still be of use: one position is always the target's own."""

@@ -78,6 +78,7 @@ class StepBuffers:
         self._words: list[NDArray[np.int32]] = [pinned.numpy() for pinned in self._pinned]
         self._turn = 0
         self._own_tokens = self._device[: self._own_words].view(torch.int64)
+        self.matched = torch.zeros(max_tokens, dtype=torch.bool, device=device)  # whether the token behind a wanted one is its best
 
     @property
     def own(self) -> Tensor:

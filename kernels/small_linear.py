@@ -1,0 +1,98 @@
+"""A linear layer for few rows, with what comes before and behind it in one launch: the weight is read once, and that is what it costs.
+
+::
+
+    x         [M, K]   M at most MAX_ROWS; columns dense
+    weight    [N, K], bias [N] or None, contiguous; gated: [2 * N, K], gates before values
+    norm      weight [K] and eps of an RMSNorm of x, or None
+    residual  [M, N] that is added to the product, or None
+    out       [M, N]   residual + (silu(gate) * value | product) of norm(x)
+
+For one stream of a small model a step is a chain of launches, each of which takes longer to begin than to run: five a layer instead of
+nine. For a large model the launch streams the weight as fast as the memory gives it. From ``MAX_ROWS`` rows on, libraries are better.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_ROWS = 16  # the least that a matrix unit takes at once; fewer cost the same
+TILE_COLUMNS = 16
+
+
+def small_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    """The layer; on CUDA in one launch. Gated layers have neither bias nor residual."""
+    run = launch if x.is_cuda else reference
+    return run(x, weight, bias, norm, residual, is_gated)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    """``small_linear`` in plain torch."""
+    if norm is not None:
+        x = F.rms_norm(x, norm[0].shape, norm[0], norm[1])
+    product = F.linear(x, weight, bias)
+    if is_gated:
+        gate, value = product.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return product if residual is None else residual + product
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    is_gated: bool = False,
+) -> Tensor:
+    """``small_linear`` by the Triton kernel."""
+    from dspark.kernels import small_linear_triton as code
+
+    rows, width = x.shape
+    columns = weight.shape[0] // (2 if is_gated else 1)
+    assert rows <= MAX_ROWS
+    assert x.stride(1) == 1
+    assert weight.is_contiguous()
+    assert not is_gated or (bias is None and residual is None)
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    tile_width = 128 if is_gated or width < 2048 else 256
+    code.multiply[(-(-columns // TILE_COLUMNS),)](
+        x,
+        weight,
+        x if bias is None else bias,
+        x if norm is None else norm[0],
+        x if residual is None else residual,
+        out,
+        rows,
+        0.0 if norm is None else norm[1],
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        WIDTH=width,
+        COLUMNS=columns,
+        TILE_COLUMNS=TILE_COLUMNS,
+        TILE_WIDTH=tile_width,
+        TILE_ROWS=MAX_ROWS,
+        HAS_NORM=norm is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        IS_GATED=is_gated,
+        num_warps=4,
+        num_stages=4,
+    )
+    return out

@@ -1,0 +1,65 @@
+# mypy: ignore-errors
+"""Triton code of ``small_linear``; imported when it is first launched."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def multiply(
+    x,
+    weight,
+    bias,
+    norm,
+    residual,
+    out,
+    num_rows,
+    eps,
+    x_row,
+    residual_row,
+    WIDTH: tl.constexpr,  # columns of x
+    COLUMNS: tl.constexpr,  # columns of out
+    TILE_COLUMNS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IS_GATED: tl.constexpr,
+):
+    columns = tl.program_id(0) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    rows = tl.arange(0, TILE_ROWS)
+    is_column, is_row = columns < COLUMNS, rows < num_rows
+    product = tl.zeros([TILE_COLUMNS, TILE_ROWS], tl.float32)
+    other = tl.zeros([TILE_COLUMNS, TILE_ROWS], tl.float32)
+    squares = tl.zeros([TILE_ROWS], tl.float32)
+    for begin in range(0, WIDTH, TILE_WIDTH):
+        places = begin + tl.arange(0, TILE_WIDTH)
+        inside = places < WIDTH
+        at = weight + columns[:, None].to(tl.int64) * WIDTH + places[None, :]
+        is_weight = is_column[:, None] & inside[None, :]
+        w = tl.load(at, mask=is_weight, other=0.0)
+        part = tl.load(x + rows[None, :] * x_row + places[:, None], mask=inside[:, None] & is_row[None, :], other=0.0)
+        if HAS_NORM:
+            exact = part.to(tl.float32)
+            squares += tl.sum(exact * exact, 0)
+            scale = tl.load(norm + places, mask=inside, other=0.0).to(tl.float32)
+            part = (exact * scale[:, None]).to(part.dtype)
+        product = tl.dot(w, part, product, input_precision="ieee")
+        if IS_GATED:
+            up = tl.load(at + COLUMNS * WIDTH, mask=is_weight, other=0.0)
+            other = tl.dot(up, part, other, input_precision="ieee")
+    if HAS_NORM:
+        factor = 1.0 / tl.sqrt(squares / WIDTH + eps)
+        product = product * factor[None, :]
+        other = other * factor[None, :]
+    if HAS_BIAS:
+        product += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[:, None]
+    if IS_GATED:
+        product = product / (1.0 + tl.exp(-product)) * other
+    is_out = is_column[:, None] & is_row[None, :]
+    if HAS_RESIDUAL:
+        product += tl.load(residual + rows[None, :] * residual_row + columns[:, None], mask=is_out, other=0.0).to(tl.float32)
+    tl.store(out + rows[None, :] * COLUMNS + columns[:, None], product.to(out.dtype.element_ty), mask=is_out)

@@ -113,6 +113,7 @@ def attend(
     out,
     partial,  # [SPLITS, T, H, VALUE_DIM] fp32: unnormalised sums of values, where SPLITS > 1
     weights,  # [2, SPLITS, T, H] fp32: largest score (in log2 units) and sum of weights
+    arrived,  # [tiles, KV_HEADS] int32: how many parts of a tile are there; 0 before and after
     positions,
     starts,
     contexts,
@@ -230,7 +231,35 @@ def attend(
             best = higher
         is_value = is_query[:, None] & (value_columns < VALUE_DIM)[None, :]
         place = token * HEADS + head
-        if SPLITS == 1:
+        is_last = True
+        if SPLITS > 1:
+            part = place + split * num_tokens * HEADS
+            tl.store(partial + (part * VALUE_DIM)[:, None] + value_columns[None, :], acc, mask=is_value)
+            tl.store(weights + part, best, mask=is_query)
+            tl.store(weights + SPLITS * num_tokens * HEADS + part, total, mask=is_query)
+            tl.debug_barrier()  # all threads have stored before one says so
+            count = arrived + tile * KV_HEADS + kv_head
+            is_last = tl.atomic_add(count, 1, sem="acq_rel") == SPLITS - 1
+            if is_last:
+                tl.store(count, 0)
+                best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+                total = tl.zeros([TILE_ROWS], tl.float32)
+                acc = tl.zeros([TILE_ROWS, VALUE_BLOCK], tl.float32)
+                for other in range(SPLITS):
+                    part = place + other * num_tokens * HEADS
+                    # Past the first cache, which may hold what lay here before.
+                    other_best = tl.load(weights + part, mask=is_query, other=float("-inf"), cache_modifier=".cg")
+                    higher = tl.maximum(best, other_best)
+                    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+                    fade, gain = tl.exp2(best - anchor), tl.exp2(other_best - anchor)
+                    other_total = tl.load(weights + SPLITS * num_tokens * HEADS + part, mask=is_query, other=0.0, cache_modifier=".cg")
+                    sums = tl.load(
+                        partial + (part * VALUE_DIM)[:, None] + value_columns[None, :], mask=is_value, other=0.0, cache_modifier=".cg"
+                    )
+                    total = total * fade + other_total * gain
+                    acc = acc * fade[:, None] + sums * gain[:, None]
+                    best = higher
+        if is_last:
             if HAS_SINKS:
                 sink = tl.load(sinks + head).to(tl.float32) * LOG2E
                 anchor = tl.maximum(best, sink)
@@ -238,45 +267,3 @@ def attend(
                 acc = acc * tl.exp2(best - anchor)[:, None]
             mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out + (place * VALUE_DIM)[:, None] + value_columns[None, :], mean.to(out.dtype.element_ty), mask=is_value)
-        else:
-            place = place + split * num_tokens * HEADS
-            tl.store(partial + (place * VALUE_DIM)[:, None] + value_columns[None, :], acc, mask=is_value)
-            tl.store(weights + place, best, mask=is_query)
-            tl.store(weights + SPLITS * num_tokens * HEADS + place, total, mask=is_query)
-
-
-@triton.jit
-def combine(
-    partial,
-    weights,
-    out,
-    sinks,
-    num_tokens,
-    HEADS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    place = tl.program_id(0) * HEADS + tl.program_id(1)
-    columns = tl.arange(0, VALUE_BLOCK)
-    splits = tl.arange(0, SPLITS) * num_tokens * HEADS + place
-    best = tl.load(weights + splits)
-    total = tl.load(weights + SPLITS * num_tokens * HEADS + splits)
-    sums = tl.load(
-        partial + (splits * VALUE_DIM)[:, None] + columns[None, :],
-        mask=(best > float("-inf"))[:, None] & (columns < VALUE_DIM)[None, :],
-        other=0.0,
-    )
-    anchor = tl.max(best, 0)
-    if HAS_SINKS:
-        sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * LOG2E
-        sink = tl.where(anchor == float("-inf"), float("-inf"), sink)
-        anchor = tl.maximum(anchor, sink)
-    anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
-    share = tl.exp2(best - anchor)
-    whole = tl.sum(total * share, 0)
-    if HAS_SINKS:
-        whole = whole + tl.exp2(sink - anchor)
-    mean = tl.sum(sums * share[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
-    tl.store(out + place * VALUE_DIM + columns, mean.to(out.dtype.element_ty), mask=columns < VALUE_DIM)

@@ -10,8 +10,8 @@ depends on them; here everything that changes from step to step is read from ten
     tables     [N] int32      block ids of all rows; those of row r from table_starts[r] on
     ancestors  [T] int64      bit j: the token sees new token j of its row (draft trees of at most 63 nodes); 0: causal
 
-On CUDA a Triton kernel serves prefill, verify and decode rows alike; where rows are few, the context is split between programs and
-a second kernel joins the parts. Elsewhere the rows are read back and ``paged_attention`` computes them.
+On CUDA a Triton kernel serves prefill, verify and decode rows alike; where rows are few, the context is split between programs, and
+the one that comes last joins the parts. Elsewhere the rows are read back and ``paged_attention`` computes them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dspark.kernels.paged_attention import AttentionRow, AttentionShape, PagedBa
 MAX_TREE_TOKENS = 63  # a node's ancestors are bits of an int64, whose sign is not used
 MIN_TILE_ROWS, MAX_TILE_ROWS = 16, 64  # 16 is the least a matrix product takes
 MAX_SPLITS = 16
+NUM_COUNTERS = 4096
+_COUNTERS: dict[torch.device, Tensor] = {}
 PROGRAMS_A_PROCESSOR = 2  # that should be at work before contexts are left whole
 
 
@@ -149,13 +151,15 @@ def launch(
         partial = query.new_empty(cut.splits, num_tokens, heads, value_dim, dtype=torch.float32)
         weights = query.new_empty(2, cut.splits, num_tokens, heads, dtype=torch.float32)
     optional_sinks = out if sinks is None else sinks
-    code.attend[(num_tokens // cut.tokens + batch.num_rows, kv_heads, cut.splits)](
+    num_tiles = num_tokens // cut.tokens + batch.num_rows
+    code.attend[(num_tiles, kv_heads, cut.splits)](
         query,
         key_cache,
         value_cache,
         out,
         partial,
         weights,
+        out if cut.splits == 1 else _arrived(num_tiles * kv_heads, query.device),
         batch.positions,
         batch.starts,
         batch.contexts,
@@ -190,20 +194,6 @@ def launch(
         num_warps=cut.warps,
         num_stages=cut.stages,
     )
-    if cut.splits > 1:
-        code.combine[(num_tokens, heads)](
-            partial,
-            weights,
-            out,
-            optional_sinks,
-            num_tokens,
-            HEADS=heads,
-            VALUE_DIM=value_dim,
-            VALUE_BLOCK=max(16, power_of_2(value_dim)),
-            SPLITS=cut.splits,
-            HAS_SINKS=sinks is not None,
-            num_warps=1,
-        )
     return out
 
 
@@ -220,6 +210,14 @@ def row_ancestors(row: AttentionRow) -> list[int]:
 def power_of_2(value: int) -> int:
     """The smallest power of two that is at least ``value``."""
     return 1 << (value - 1).bit_length()
+
+
+def _arrived(count: int, device: torch.device) -> Tensor:
+    """Counters that are 0 between launches; launches that split contexts must follow one another, as those of one stream do."""
+    assert count <= NUM_COUNTERS  # graphs hold them: they may never move
+    if device not in _COUNTERS:
+        _COUNTERS[device] = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    return _COUNTERS[device]
 
 
 def _num_processors(device: torch.device) -> int:

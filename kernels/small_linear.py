@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_ROWS = 16  # the least that a matrix unit takes at once; fewer cost the same
-TILE_COLUMNS = 16
+TILE_COLUMNS, TILE_WIDTH = 16, 256
 
 
 def small_linear(
@@ -71,7 +71,6 @@ def launch(
     assert weight.is_contiguous()
     assert not is_gated or (bias is None and residual is None)
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    tile_width = 128 if is_gated or width < 2048 else 256
     code.multiply[(-(-columns // TILE_COLUMNS),)](
         x,
         weight,
@@ -86,13 +85,13 @@ def launch(
         WIDTH=width,
         COLUMNS=columns,
         TILE_COLUMNS=TILE_COLUMNS,
-        TILE_WIDTH=tile_width,
+        TILE_WIDTH=TILE_WIDTH,
         TILE_ROWS=MAX_ROWS,
         HAS_NORM=norm is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         IS_GATED=is_gated,
         num_warps=4,
-        num_stages=4,
+        num_stages=3 if is_gated else 4,
     )
     return out

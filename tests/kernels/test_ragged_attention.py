@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspark.kernels import kv_store, rotary
 from dspark.kernels.paged_attention import AttentionRow, AttentionShape, reference
-from dspark.kernels.ragged_attention import RaggedBatch, launch, ragged_attention, tiling
+from dspark.kernels.ragged_attention import _COUNTERS, RaggedBatch, launch, ragged_attention, tiling
 from dspark.kernels.rotary import HeadNorms
 
 pytest.importorskip("triton")
@@ -92,6 +92,7 @@ def test_equals_the_specification(
         actual = compute(query, keys, values, batch, shape, sinks)
         torch.testing.assert_close(actual[:total], expected[:total], atol=3e-6, rtol=1e-5)
         assert not actual[total:].any(), "padding tokens come out as zero"
+    assert all(not counters.any() for counters in _COUNTERS.values()), "counters are 0 again"
 
 
 def test_half_precision_and_a_group_of_one_head() -> None:

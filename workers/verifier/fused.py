@@ -45,6 +45,7 @@ class FusedLayer(nn.Module):
         self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
         self.norms = _head_norms(attention)
         # Not a rank's share, whose products are sums of several ranks; and gates without bias.
+        self.joins_products = True  # unless that was measured not to pay
         self.is_whole = type(attention.o_proj) is type(mlp.down_proj) is nn.Linear and self.gate_up[1] is None
         self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
 
@@ -53,12 +54,16 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         """``position_embeddings``: cos and sin [1, T, head_dim]."""
         hidden = hidden_states[0]
-        if hidden.is_cuda and hidden.shape[0] <= MAX_ROWS and self.is_whole and isinstance(step, RaggedStep):
+        if self.has_few_rows(hidden) and isinstance(step, RaggedStep):
             return self.few_rows(hidden, position_embeddings, step).unsqueeze(0)
         normed = rms_norm(hidden, self.input_norm.weight, self.input_norm.variance_epsilon)
         attended = self.o_proj(self._attend(normed, position_embeddings, step))
         normed, hidden = add_rms_norm(attended, hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
         return _add_product(hidden, swiglu(F.linear(normed, *self.gate_up)), self.down_proj).unsqueeze(0)
+
+    def has_few_rows(self, hidden: Tensor) -> bool:
+        """Whether ``few_rows`` is to compute the layer."""
+        return hidden.is_cuda and hidden.shape[0] <= MAX_ROWS and self.is_whole and self.joins_products
 
     def few_rows(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], step: RaggedStep) -> Tensor:
         """``forward`` of few tokens [T, d]: norms, gate and residuals are part of the four products, which read the weights once."""
@@ -96,6 +101,13 @@ def fuse(target: Target) -> bool:
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer)
     return True
+
+
+def join_products(target: Target, joins: bool) -> None:
+    """Whether fused layers compute few tokens with norms, gates and residuals as part of their products."""
+    for layer in target.decoder_layers():
+        if isinstance(layer, FusedLayer):
+            layer.joins_products = joins
 
 
 def _is_plain(layer: Any) -> bool:

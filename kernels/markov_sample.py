@@ -1,0 +1,159 @@
+"""The sequential loop of a drafted block in one launch: bias, truncation, draw and confidence of every position (DSpark 3.1, 3.2).
+
+::
+
+    base        [R, n, K]  fp32 or bf16   base logits of K candidates a position, in any order
+    candidates  [R, n, K]  int64          their ids in the draft vocabulary
+    anchors     [R]        int64          x_0
+    w1          [V, r], w2 [Vd, r]        the vanilla Markov head: the bias of id v after token x is w2[v] · w1[x]; None: no head
+    target_ids  [Vd]       int64          ids of the target's vocabulary, None where it is the draft's
+    hidden      [R, n, d]                 h_1 .. h_n, read by the confidence head
+    temperature [R] fp32; seeds, base_lens [R] int64; coupled [R] bool
+    tokens      [R, n]     int64          x_1 .. x_n
+    ids, probs  [R, n, W]  int64, fp32    the law each token was drawn from, W = min(width, K), from the largest logit down
+    margin, confidence [R, n] fp32        see ``draft_draw.log_odds``; without a head the confidence is sigmoid(margin)
+
+One program does a request: its positions follow from one another, its candidates' bias is W2's rows times one latent, and the
+truncation is a sort of K keys in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark.kernels.draft_draw import draw, log_odds, truncate_law
+
+RANK_BLOCK = 16  # columns of W1 and W2 at a time: CANDIDATES x RANK_BLOCK weights are held in registers
+HIDDEN_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeads:
+    """The weights that the loop reads."""
+
+    w1: Tensor | None
+    w2: Tensor | None
+    target_ids: Tensor | None
+    confidence: ConfidenceWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfidenceWeights:
+    """weight [1, d] or, where the head reads w1[x_{k-1}] as well, [1, d + r]; bias [1]; temperatures [n or more] from calibration."""
+
+    weight: Tensor
+    bias: Tensor
+    temperatures: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """What the loop needs to know of each request: tensors [R]."""
+
+    anchors: Tensor
+    temperature: Tensor
+    seeds: Tensor
+    base_lens: Tensor
+    coupled: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The outcome; shapes in the module's docstring."""
+
+    tokens: Tensor
+    ids: Tensor
+    probs: Tensor
+    margin: Tensor
+    confidence: Tensor
+
+
+def markov_sample(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, heads: BlockHeads, width: int) -> Block:
+    """Draw x_1 .. x_n left to right, each from its own law truncated to ``width`` of its candidates."""
+    return (launch if base.is_cuda else reference)(base, candidates, hidden, rows, heads, width)
+
+
+def reference(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, heads: BlockHeads, width: int) -> Block:
+    """``markov_sample`` in plain torch."""
+    previous, parts = rows.anchors, []
+    for k in range(base.shape[1]):
+        logits, chosen = base[:, k].to(torch.float32), candidates[:, k]
+        latent = None if heads.w1 is None else F.embedding(previous, heads.w1)
+        if latent is not None and heads.w2 is not None:
+            logits = logits + torch.bmm(F.embedding(chosen, heads.w2), latent.unsqueeze(2)).squeeze(2)
+        margin = log_odds(logits)
+        local, probs = truncate_law(logits, rows.temperature, width)
+        ids = chosen.gather(1, local)
+        ids = ids if heads.target_ids is None else heads.target_ids[ids]
+        logit = margin if heads.confidence is None else _confidence_logit(heads.confidence, hidden[:, k], latent, k)
+        previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
+        parts.append((previous, ids, probs, margin, torch.sigmoid(logit)))
+    return Block(*(torch.stack(part, dim=1) for part in zip(*parts, strict=True)))
+
+
+def _confidence_logit(head: ConfidenceWeights, hidden: Tensor, latent: Tensor | None, k: int) -> Tensor:
+    reads_markov = latent is not None and head.weight.shape[1] > hidden.shape[1]
+    features = torch.cat((hidden, latent), dim=-1) if latent is not None and reads_markov else hidden
+    logit = F.linear(features, head.weight, head.bias).squeeze(-1).to(torch.float32)
+    return logit if head.temperatures is None else logit / head.temperatures[k]
+
+
+def launch(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, heads: BlockHeads, width: int) -> Block:
+    """``markov_sample`` by the Triton kernel, one program a request."""
+    from triton import next_power_of_2
+
+    from dspark.kernels.markov_triton import draw_block
+
+    num_requests, length, count = base.shape
+    assert all(part.is_contiguous() for part in (base, candidates, hidden))
+    width, device = min(width, count), base.device
+    block = Block(
+        torch.empty(num_requests, length, dtype=torch.int64, device=device),
+        torch.empty(num_requests, length, width, dtype=torch.int64, device=device),
+        *(torch.empty(num_requests, length, *more, dtype=torch.float32, device=device) for more in ((width,), (), ())),
+    )
+    if not num_requests:
+        return block
+    head = heads.confidence
+    has_markov = heads.w1 is not None and heads.w2 is not None
+    temperatures = None if head is None else head.temperatures
+    draw_block[(num_requests,)](
+        base,
+        candidates,
+        rows.anchors,
+        base if heads.w1 is None else heads.w1,
+        base if heads.w2 is None else heads.w2,
+        candidates if heads.target_ids is None else heads.target_ids,
+        rows.temperature,
+        rows.seeds,
+        rows.base_lens,
+        rows.coupled,
+        base if head is None else head.weight,
+        base if head is None else head.bias,
+        hidden,
+        base if temperatures is None else temperatures,
+        block.tokens,
+        block.ids,
+        block.probs,
+        block.margin,
+        block.confidence,
+        LENGTH=length,
+        CANDIDATES=count,
+        WIDTH=width,
+        RANK=1 if heads.w1 is None else heads.w1.shape[1],
+        HIDDEN=hidden.shape[2],
+        HAS_MARKOV=has_markov,
+        HAS_IDS=heads.target_ids is not None,
+        HAS_HEAD=head is not None,
+        HEAD_READS_MARKOV=head is not None and head.weight.shape[1] > hidden.shape[2],
+        HAS_HEAD_TEMPERATURES=temperatures is not None,
+        CANDIDATE_BLOCK=next_power_of_2(count),
+        RANK_BLOCK=RANK_BLOCK,
+        HIDDEN_BLOCK=HIDDEN_BLOCK,
+        num_warps=8,
+    )
+    return block

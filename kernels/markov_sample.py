@@ -79,27 +79,29 @@ def markov_sample(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockR
 
 def reference(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, heads: BlockHeads, width: int) -> Block:
     """``markov_sample`` in plain torch."""
-    previous, parts = rows.anchors, []
+    previous, before, parts = rows.anchors, [], []
     for k in range(base.shape[1]):
         logits, chosen = base[:, k].to(torch.float32), candidates[:, k]
         latent = None if heads.w1 is None else F.embedding(previous, heads.w1)
         if latent is not None and heads.w2 is not None:
-            logits = logits + torch.bmm(F.embedding(chosen, heads.w2), latent.unsqueeze(2)).squeeze(2)
+            logits = logits + torch.bmm(latent.unsqueeze(1), F.embedding(chosen, heads.w2).transpose(1, 2)).squeeze(1)
         margin = log_odds(logits)
         local, probs = truncate_law(logits, rows.temperature, width)
         ids = chosen.gather(1, local)
         ids = ids if heads.target_ids is None else heads.target_ids[ids]
-        logit = margin if heads.confidence is None else _confidence_logit(heads.confidence, hidden[:, k], latent, k)
+        before.append(previous)
         previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
-        parts.append((previous, ids, probs, margin, torch.sigmoid(logit)))
-    return Block(*(torch.stack(part, dim=1) for part in zip(*parts, strict=True)))
+        parts.append((previous, ids, probs, margin))
+    tokens, ids, probs, margin = (torch.stack(part, dim=1) for part in zip(*parts, strict=True))
+    logits = margin if heads.confidence is None else _confidence_logits(heads.confidence, hidden, torch.stack(before, dim=1), heads.w1)
+    return Block(tokens, ids, probs, margin, torch.sigmoid(logits))
 
 
-def _confidence_logit(head: ConfidenceWeights, hidden: Tensor, latent: Tensor | None, k: int) -> Tensor:
-    reads_markov = latent is not None and head.weight.shape[1] > hidden.shape[1]
-    features = torch.cat((hidden, latent), dim=-1) if latent is not None and reads_markov else hidden
-    logit = F.linear(features, head.weight, head.bias).squeeze(-1).to(torch.float32)
-    return logit if head.temperatures is None else logit / head.temperatures[k]
+def _confidence_logits(head: ConfidenceWeights, hidden: Tensor, previous: Tensor, w1: Tensor | None) -> Tensor:
+    reads_markov = w1 is not None and head.weight.shape[1] > hidden.shape[2]
+    features = torch.cat((hidden, F.embedding(previous, w1)), dim=-1) if w1 is not None and reads_markov else hidden
+    logits = F.linear(features, head.weight, head.bias).squeeze(-1).to(torch.float32)
+    return logits if head.temperatures is None else logits / head.temperatures[: logits.shape[-1]]
 
 
 def launch(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, heads: BlockHeads, width: int) -> Block:
@@ -109,7 +111,8 @@ def launch(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, he
     from dspark.kernels.markov_triton import draw_block
 
     num_requests, length, count = base.shape
-    assert all(part.is_contiguous() for part in (base, candidates, hidden))
+    assert all(part.is_contiguous() for part in (base, candidates))
+    hidden = hidden.contiguous()  # a module may leave its anchor's row out
     width, device = min(width, count), base.device
     block = Block(
         torch.empty(num_requests, length, dtype=torch.int64, device=device),

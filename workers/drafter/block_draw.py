@@ -10,7 +10,8 @@
     margin       [R, n] fp32    log-odds of each law's best token; neither c_k nor margin_k depends on more than x_{<k}
 
 With ``head_top_k`` the Markov bias is computed for the K largest base logits only, and the law is supported on them:
-r * K instead of r * V a step. Any support is lossless, because the judge gets the law that was really drawn from.
+r * K instead of r * V a step. Any support is lossless, because the judge gets the law that was really drawn from. The whole
+loop is then one call of ``markov_sample``, for heads whose bias hangs on the token before alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from dspark.kernels.draft_draw import draw, log_odds, truncate_law
+from dspark.kernels.markov_sample import BlockHeads, BlockRows, ConfidenceWeights, markov_sample
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.grafted import GraftedModule
+from dspark.workers.drafter.module_config import HeadType
 
 TOP_K_GROUP = 8  # candidates are searched in groups of this many logits on CPU
 
@@ -52,6 +55,8 @@ def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: Draw
     """Draw x_1 .. x_n left to right, each from its own law truncated to ``width`` ids."""
     base, candidates = base_law(module, hidden, head_top_k)
     head = module.markov_head
+    if candidates is not None and (head is None or head.head_type is HeadType.VANILLA):
+        return _draw_candidates(module, base, candidates, hidden, anchors, rows, width)
     state = None if head is None else head.start(hidden.shape[0])
     previous, before, tokens, laws, margins = anchors, [], [], [], []
     for k in range(hidden.shape[1]):
@@ -75,6 +80,21 @@ def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: Draw
         torch.sigmoid(margin if confidence is None else confidence),
         margin,
     )
+
+
+def _draw_candidates(
+    module: DSparkModule, base: Tensor, candidates: Tensor, hidden: Tensor, anchors: Tensor, rows: DrawRows, width: int
+) -> BlockDraft:
+    markov, head = module.markov_head, module.confidence_head
+    heads = BlockHeads(
+        None if markov is None else markov.markov_w1.weight,
+        None if markov is None else markov.markov_w2.weight,
+        module.draft_target_ids,
+        None if head is None else ConfidenceWeights(head.proj.weight, head.proj.bias, module.confidence_temperatures),
+    )
+    asked = BlockRows(anchors, rows.temperature, rows.seeds, rows.base_lens, rows.coupled)
+    block = markov_sample(base, candidates, hidden, asked, heads, width)
+    return BlockDraft(block.tokens, block.ids, block.probs, block.confidence, block.margin)
 
 
 def base_law(module: DSparkModule, hidden: Tensor, head_top_k: int | None) -> tuple[Tensor, Tensor | None]:

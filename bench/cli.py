@@ -269,6 +269,14 @@ def _inflate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kernels(args: argparse.Namespace) -> int:
+    from dspark.bench.kernel_time import run_kernels
+
+    with _json_out(args.json) as out:
+        run_kernels(args.kernels, args.repeats, out)
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     records = offline(read_lines(args.files))
     if not records:
@@ -290,6 +298,7 @@ _RUN: Mapping[str, Command] = {
     "cohorts": _cohorts,
     "planner": _planner,
     "router": _router,
+    "kernels": _kernels,
     "survival": _survival,
     "vllm": _vllm,
     "inflate": _inflate,

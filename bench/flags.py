@@ -53,6 +53,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
         ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
         ("router", _add_router, "routing decisions a second, over made-up replicas"),
+        ("kernels", _add_kernels, "time of every kernel against the device's limits, its reference and torch's own"),
         ("vllm", _add_vllm, "the peer: vLLM on the same weights, prompts and lengths, with the same records"),
         ("inflate", _add_inflate, "write a large model that computes what a small one does, to measure large models on real text"),
         ("report", _add_report, "ratios between the modes in result files, and their curves"),
@@ -257,6 +258,12 @@ def _add_inflate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", type=Path, metavar="FOLDER", help="the source's drafter (default: the embedded one)")
     parser.add_argument("--drafter-out", type=Path, metavar="FOLDER", help="write it for the large model, its layers of that shape")
     parser.add_argument("--small-drafter", action="store_true", help="let its layers keep their heads and MLP (cheaper)")
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernels", type=_list_of(str), default=(), metavar="A,B", help="only those whose names begin so (default all)")
+    parser.add_argument("--repeats", type=_positive, default=25, metavar="N", help="medians are reported (default 25)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a kernel and shape")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ ROOMS = {
     "bench": Room(
         names("nouns face router"),
         names("numpy"),
-        names("deploy verifier drafter"),
+        names("deploy kernels verifier drafter"),
         names("httpx torch transformers safetensors matplotlib vllm"),
     ),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),

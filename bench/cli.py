@@ -23,6 +23,7 @@ from dspark.bench.online import OnlinePlan, run_online
 from dspark.bench.peer import VllmSource
 from dspark.bench.planner_time import run_planner
 from dspark.bench.plots import draw
+from dspark.bench.profile import ProfilePlan, run_profile
 from dspark.bench.prompt_sets import load_set
 from dspark.bench.report import report
 from dspark.bench.results import offline, read_lines
@@ -224,6 +225,23 @@ def _survival(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(args: argparse.Namespace) -> int:
+    from dspark import LLM
+
+    mode = parse_mode(args.mode)
+    if mode.speculation is None:
+        raise ConfigError(f"--mode {args.mode}: only our own engine can be profiled")
+    plan = ProfilePlan(mode, args.prompts, args.sets, args.concurrency, args.steps, args.dtype)
+    drafter = args.drafter if mode.uses_drafter else "none"
+    settings = {"max_num_seqs": args.concurrency, "prefix_cache": False, "profile": mode.needs_costs}
+    with (
+        _json_out(args.json) as out,
+        LLM(args.model, drafter, str(mode.speculation), args.dtype, args.max_model_len, args.kv_tokens, **settings) as llm,
+    ):
+        run_profile(plan, llm, _chat_encoder(args.model or _embedded_model()), out)
+    return 0
+
+
 def _router(args: argparse.Namespace) -> int:
     with _json_out(args.json) as out:
         run_router(RouterPlan(args.replicas, args.seconds, args.repeats, args.seed), out)
@@ -297,6 +315,7 @@ _RUN: Mapping[str, Command] = {
     "mixed": _mixed,
     "cohorts": _cohorts,
     "planner": _planner,
+    "profile": _profile,
     "router": _router,
     "kernels": _kernels,
     "survival": _survival,

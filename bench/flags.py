@@ -52,6 +52,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("cohorts", _add_cohorts, "two cohorts of requests that hide drafting by a draft worker under verification, with a trace"),
         ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
         ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
+        ("profile", _add_profile, "where a round's time goes, part by part, and how far each is from what the machine allows"),
         ("router", _add_router, "routing decisions a second, over made-up replicas"),
         ("kernels", _add_kernels, "time of every kernel against the device's limits, its reference and torch's own"),
         ("vllm", _add_vllm, "the peer: vLLM on the same weights, prompts and lengths, with the same records"),
@@ -238,6 +239,20 @@ def _add_survival(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=_positive, default=16, metavar="N", help="streams at once (default 16)")
     trim = "learn only from tokens predicted to survive with this probability (default 0,0.3)"
     parser.add_argument("--trim", type=_list_of(_share), default=(0.0, 0.3), metavar="P,Q", help=trim)
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    parser.add_argument("--prompts", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: the sets chat, code, math")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="append the result as a JSON line")
+    parser.add_argument("--model", help="folder or hub name (default: the embedded model)")
+    parser.add_argument("--drafter", default="auto", help="auto, ngram, or a folder (default auto)")
+    parser.add_argument("--mode", default="adaptive", help="plain, static:K, adaptive[:K] or tree[:NODES] (default adaptive)")
+    parser.add_argument("--concurrency", type=_positive, default=1, metavar="N", help="streams (default 1)")
+    parser.add_argument("--steps", type=_positive, default=20, metavar="N", help="rounds, timed once without and once with the profiler")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--max-model-len", type=_positive, metavar="N", help="default: the model's")
+    parser.add_argument("--kv-tokens", type=_positive, metavar="N", help="KV pool (default: from free memory)")
 
 
 def _add_router(parser: argparse.ArgumentParser) -> None:

@@ -19,9 +19,9 @@ from dspark import SamplingParams
 from dspark.bench.machine import describe_machine, source_commit
 from dspark.bench.metrics import median
 from dspark.bench.modes import BenchMode
+from dspark.bench.profile_trace import DRAFT, JUDGE, PLAN, STEP, Parts, read_parts
 from dspark.bench.prompt_sets import load_set, take
 from dspark.bench.tables import Column, Table
-from dspark.bench.trace import DRAFT, JUDGE, PLAN, STEP, Parts, read_parts
 from dspark.errors import ConfigError
 from dspark.types import Request
 

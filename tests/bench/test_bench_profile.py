@@ -11,7 +11,7 @@ from helpers.tiny_model import save_tiny_model
 
 from dspark.bench.cli import main
 from dspark.bench.profile import print_parts
-from dspark.bench.trace import read_parts
+from dspark.bench.profile_trace import read_parts
 from dspark.errors import ConfigError
 
 Event = dict[str, Any]

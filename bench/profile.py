@@ -211,23 +211,31 @@ def _synchronize(device: Any) -> None:
 
 def _fill(engine: Engine, plan: ProfilePlan, encode: Callable[[str], list[int]]) -> None:
     """Queue the streams and step until all of them decode."""
-    prompts = [encode(prompt) for name in plan.sets for prompt in load_set(plan.folder, name)]
-    rounds = 2 * plan.steps + WARM_UP_STEPS + 1
-    room = engine.options.max_model_len - rounds * (1 + engine.drafter.block_size) - plan.concurrency
-    fitting = [prompt for prompt in prompts if len(prompt) <= room]
-    if not fitting:
-        raise ConfigError(
-            f"no prompt leaves room for {rounds} steps of decoding in {engine.options.max_model_len} tokens: use fewer --steps"
-        )
-    if plan.concurrency > engine.options.limits.max_num_seqs:
-        raise ConfigError(f"--concurrency {plan.concurrency} is over the {engine.options.limits.max_num_seqs} streams of the engine")
-    for number, prompt in enumerate(take(fitting, plan.concurrency)):
+    for number, prompt in enumerate(_prompts(engine, plan, encode)):
         sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=engine.options.max_model_len)
         engine.add(Request(f"profile-{number}", tuple(prompt), sampling, speculation=plan.mode.speculation))
     while engine.scheduler.waiting or any(not sequence.output for sequence in engine.scheduler.running):
         engine.step()
     for _ in range(WARM_UP_STEPS):
         engine.step()
+
+
+def _prompts(engine: Engine, plan: ProfilePlan, encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """A prompt for every stream; ConfigError if they cannot all decode to the end of the profile, side by side."""
+    most = engine.options.limits.max_num_seqs
+    if plan.concurrency > most:
+        raise ConfigError(f"--concurrency {plan.concurrency} is over the {most} streams of the engine")
+    rounds = 2 * plan.steps + 2 * WARM_UP_STEPS + plan.concurrency  # at most one a stream until all of them decode
+    growth = rounds * (1 + engine.drafter.block_size)
+    prompts = [encode(prompt) for name in plan.sets for prompt in load_set(plan.folder, name)]
+    fitting = [prompt for prompt in prompts if len(prompt) + growth <= engine.options.max_model_len]
+    if not fitting:
+        raise ConfigError(f"no prompt leaves room for {growth} tokens in {engine.options.max_model_len}: use fewer --steps")
+    chosen = take(fitting, plan.concurrency)
+    needed, held = sum(map(len, chosen)) + growth * plan.concurrency, engine.pool.num_blocks * engine.pool.block_size
+    if needed > held:
+        raise ConfigError(f"{plan.concurrency} streams may need KV for {needed} tokens, and there is room for {held}: raise --kv-tokens")
+    return chosen
 
 
 def _timed(engine: Engine, steps: int) -> Load:

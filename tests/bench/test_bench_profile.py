@@ -151,3 +151,5 @@ def test_prompts_must_leave_room(tmp_path: Path) -> None:
     command = ["profile", "--model", str(model), "--mode", "plain", "--prompts", str(tmp_path), "--sets", "tiny", "--dtype", "float32"]
     with pytest.raises(ConfigError, match="use fewer --steps"):
         main([*command, "--kv-tokens", "4096", "--steps", "600"])
+    with pytest.raises(ConfigError, match="raise --kv-tokens"):
+        main([*command, "--kv-tokens", "512", "--steps", "4", "--concurrency", "16"])

@@ -75,8 +75,8 @@ def inflate(plan: InflatePlan, progress: Progress) -> Inflated:
         writer.write(tensors)
     writer.finish()
     progress(
-        f"wrote {plan.out}: {writer.num_parameters / 1e9:.2f} billion parameters, {writer.num_bytes / 1e9:.2f} GB"
-        f" in {time.perf_counter() - begin:.0f} s"
+        f"wrote {plan.out}: {writer.num_parameters / 1e9:.2f} billion parameters ({writer.num_zeros / writer.num_parameters:.1%} zero),"
+        f" {writer.num_bytes / 1e9:.2f} GB in {time.perf_counter() - begin:.0f} s"
     )
     return layout
 
@@ -207,7 +207,7 @@ class _Shards:
         self._folder, self._count = folder, count
         self._files: dict[str, str] = {}
         self._done = 0
-        self.num_parameters = self.num_bytes = 0
+        self.num_parameters = self.num_zeros = self.num_bytes = 0
 
     def write(self, tensors: Tensors) -> None:
         from safetensors.torch import save_file
@@ -217,6 +217,7 @@ class _Shards:
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, self._folder / name, metadata={"format": "pt"})
         self._files |= dict.fromkeys(tensors, name)
         self.num_parameters += sum(tensor.numel() for tensor in tensors.values())
+        self.num_zeros += sum(int((tensor == 0).sum()) for tensor in tensors.values())
         self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
 
     def finish(self) -> None:

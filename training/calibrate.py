@@ -26,7 +26,7 @@ from dspark.training.served import Record, drafting_engine, has_head, run_reques
 from dspark.training.shards import read_corpus
 from dspark.training.target import load_target
 from dspark.types import Request
-from dspark.workers.drafter.calibration import CALIBRATION_FILE
+from dspark.workers.drafter.calibration import CALIBRATION_FILE, MARGIN_INTERCEPT, MARGIN_SLOPE
 from dspark.workers.verifier.engine import Engine
 
 Progress = Callable[[str], None]
@@ -109,6 +109,8 @@ def fit(fitted_on: Rounds, measured_on: Rounds, bins: int) -> dict[str, Any]:
     if fitted_on.margins is not None and measured_on.margins is not None:
         line = fit_margins(fitted_on)
         result["margin"] = {"slope": np.round(line.slope, 6).tolist(), "intercept": np.round(line.intercept, 6).tolist()}
+        unfitted = MarginFit(np.array(MARGIN_SLOPE), np.array(MARGIN_INTERCEPT))  # what serving starts from without a fit
+        result["margin"] |= _quality(measured_on, unfitted.logits(measured_on.margins), bins, "before")
         result["margin"] |= _quality(measured_on, line.logits(measured_on.margins), bins, "after")
     signals = measured_on.margins if measured_on.logits is None else measured_on.logits
     assert signals is not None
@@ -262,7 +264,8 @@ def _table(result: dict[str, Any], num_pictures: int) -> str:
     if "margin" in result:
         line = result["margin"]
         columns |= {name: [f"{value:.3f}" for value in line[name]] for name in ("slope", "intercept")}
-        columns |= {"ECE margin": [f"{value:.2%}" for value in line["ece_after"]], "AUC margin": [_score(v) for v in line["auc_after"]]}
+        columns |= {f"margin ECE {when}": [f"{value:.2%}" for value in line[f"ece_{when}"]] for when in ("before", "after")}
+        columns |= {f"margin AUC {when}": [_score(value) for value in line[f"auc_{when}"]] for when in ("before", "after")}
     lines = ["position  " + "  ".join(columns)]
     for k in range(len(result["survival"])):
         lines.append(f"{k + 1:8d}  " + "  ".join(f"{values[k]:>{len(name)}}" for name, values in columns.items()))
@@ -270,7 +273,8 @@ def _table(result: dict[str, Any], num_pictures: int) -> str:
     if "temperatures" in result:
         lines.append(f"mean ECE of the head {result['mean_ece_before']:.2%} -> {result['mean_ece_after']:.2%} {where}")
     if "margin" in result:
-        lines.append(f"mean ECE of the margin {result['margin']['mean_ece_after']:.2%} {where}")
+        before, after = result["margin"]["mean_ece_before"], result["margin"]["mean_ece_after"]
+        lines.append(f"mean ECE of the margin {before:.2%} -> {after:.2%} {where}")
     if num_pictures:
         lines.append(f"{num_pictures} reliability diagrams beside the drafter")
     return "\n".join(lines)

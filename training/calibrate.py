@@ -35,7 +35,6 @@ GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 97))
 EDGE = 1e-6
 RIDGE = 1e-2
 NEWTON_STEPS = 25
-MIN_ROUNDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +83,10 @@ def calibrate(config: TrainConfig, progress: Progress) -> dict[str, Any]:
     rounds = collect_rounds(engine, held_out_requests(config, target.max_position))
     fitted_on = rounds.pick(rounds.request % 2 == 0)
     measured_on = rounds.pick(rounds.request % 2 == 1)
-    if min(len(fitted_on.accepted), len(measured_on.accepted)) < MIN_ROUNDS:
+    if min(len(fitted_on.accepted), len(measured_on.accepted)) < settings.min_rounds:
         raise ConfigError(
             f"only {len(rounds.accepted)} whole rounds of {len(np.unique(rounds.request))} answers were seen, too few to calibrate on;"
-            " raise calibrate.num_prompts or trainer.held_out"
+            " raise calibrate.num_prompts, calibrate.max_tokens or trainer.held_out"
         )
     result = fit(fitted_on, measured_on, settings.bins)
     write_json(folder / CALIBRATION_FILE, result)

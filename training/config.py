@@ -142,6 +142,7 @@ class CalibrateConfig(Section):
     max_tokens: int = Field(default=128, ge=2, description="of each answer")
     temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1, description="of the answers, taken in turn")
     bins: int = Field(default=15, ge=2, description="of the expected calibration error")
+    min_rounds: int = Field(default=200, ge=1, description="rounds to fit on, and to measure on; fewer are refused")
     max_num_seqs: int = Field(default=64, ge=1, description="requests at once")
 
 

@@ -127,7 +127,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["dspark", pytest.param("dflash", marks=pytest.mark.slow)])
 def test_a_trained_drafter_is_calibrated_where_it_lies(folder: Path, kind: str) -> None:
     config = run_config(folder, f"run-{kind}", {"kind": kind}, max_steps=12, held_out=4)
-    config = config.model_copy(update={"calibrate": config.calibrate.model_copy(update={"max_tokens": 60})})
+    config = config.model_copy(update={"calibrate": config.calibrate.model_copy(update={"max_tokens": 60, "min_rounds": 20})})
     assert train(config, lambda _: None)
     said: list[str] = []
     result = calibrate(config, said.append)

@@ -23,7 +23,7 @@ from dspark.workers.drafter.dspark_module import DSparkModule
 RECIPES = Path(dspark.training.__file__).parent / "recipes"
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 QWEN = SMALL | {"vocab_size": 151936}
-GEMMA = SMALL | {"vocab_size": 262144, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+GEMMA = SMALL | {"vocab_size": 8192, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
 GEMMA |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "sliding_window": 32}
 LAYERS_OF_GEMMA = ["full_attention" if layer % 6 == 5 else "sliding_attention" for layer in range(48)]
 QWEN_NAMES = {"architectures": ["Qwen3DSparkModel"], "model_type": "qwen3"}
@@ -60,7 +60,7 @@ def run_of(name: str, folder: Path) -> TrainConfig:
         Sample(torch.randint(5, 5000, (6,), generator=draws).tolist(), torch.randint(5, 5000, (24,), generator=draws).tolist(), 0.0, i)
         for i in range(3)
     ]
-    write_shard(config.data, 0, samples, 262144)
+    write_shard(config.data, 0, samples, 8192)
     check_manifest(config.data, {})
     return config
 

@@ -19,7 +19,7 @@ dtype: float32
 synthesize: {{num_prompts: 60, wave_size: 20, generator: dense, max_tokens: 24, min_tokens: 2, min_prompt_chars: 1, temperatures: [0.0]}}
 drafter: {{num_taps: 2, block_size: 3, num_layers: 1, markov_rank: 8}}
 trainer: {{max_steps: 3, batch_tokens: 512, anchors: 8, held_out: 8, log_every: 1, save_every_s: 0}}
-calibrate: {{max_tokens: 40}}
+calibrate: {{max_tokens: 40, min_rounds: 20}}
 evaluate: {{limit: 2, max_tokens: 6, temperatures: [0.0], prompts: {prompts}}}
 """
 

@@ -21,7 +21,7 @@ from dspark.training.dense import DenseGenerator
 from dspark.training.prompts import BUILT_IN, Excluded, Template, draw_openings, read_prompts, usable_prompts
 from dspark.training.served import ServedGenerator
 from dspark.training.shards import Sample, check_manifest, read_corpus, shard_path, text_digest, update_manifest, write_shard
-from dspark.training.target import fingerprint, load_target, template_digest
+from dspark.training.target import fingerprint, load_target, peak_memory, template_digest
 from dspark.workers.verifier.targets import Target
 
 Progress = Callable[[str], None]
@@ -74,7 +74,7 @@ def synthesize(config: TrainConfig, progress: Progress, max_seconds: float | Non
             write_shard(config.data, wave.index, maker.make(wave), target.vocab_size)
             has_made = True
             bar.update(wave.num_prompts)
-    _count(config, progress, time.monotonic() - begin)
+    _count(config, progress, f"{time.monotonic() - begin:.0f} s{peak_memory(target.device)}")
     return all(shard_path(config.data, wave.index).exists() for wave in waves)
 
 
@@ -125,12 +125,12 @@ def _identity(config: TrainConfig, target: Target, tokenizer: Any) -> dict[str, 
     return {"model": fingerprint(target), "template": template_digest(tokenizer), "vocab_size": target.vocab_size, "settings": sampling}
 
 
-def _count(config: TrainConfig, progress: Progress, seconds: float) -> None:
+def _count(config: TrainConfig, progress: Progress, took: str) -> None:
     corpus = read_corpus(config.data)
     num_answer = len(corpus.tokens) - int(corpus.prompt_lens.sum())
     counts = {"num_samples": len(corpus), "num_tokens": len(corpus.tokens), "num_answer_tokens": num_answer}
     update_manifest(config.data, {**counts, "num_shards": len(list(config.data.glob("shard-*.safetensors")))})
-    progress(f"{len(corpus)} samples, {num_answer} answer tokens in {config.data} ({seconds:.0f} s)")
+    progress(f"{len(corpus)} samples, {num_answer} answer tokens in {config.data} ({took})")
 
 
 @dataclass(slots=True)

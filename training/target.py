@@ -54,10 +54,16 @@ def fingerprint(target: Target) -> str:
 
 
 def release_memory() -> None:
-    """Give back what dropped modules and engines had of a GPU, so that the next one can measure what is free."""
+    """Give back what dropped modules and engines had of a GPU, so that the next one measures what is free and what it takes."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device: torch.device) -> str:
+    """What a report says of the GPU memory that tensors took at most; nothing on a CPU."""
+    return f", at most {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory" if device.type == "cuda" else ""
 
 
 def template_digest(tokenizer: Any) -> str:

@@ -32,7 +32,7 @@ from dspark.training.model import module_config, new_module
 from dspark.training.objective import Objective, Outcome, mean_outcomes
 from dspark.training.plots import plot_metrics
 from dspark.training.shards import read_corpus
-from dspark.training.target import fingerprint, load_target
+from dspark.training.target import fingerprint, load_target, peak_memory
 from dspark.training.world import World
 from dspark.workers.build import target_head
 from dspark.workers.verifier.targets import Target
@@ -215,6 +215,7 @@ class Trainer:
         self.metrics.close()
         export_module(self.config, self.module, self.corpus, self.target)
         self.progress(f"held out {_short(figures)}; drafter in {self.config.drafter_folder}")
+        self.progress(f"{self.counters.tokens / 1e6:.1f} M token visits in {self.counters.seconds:.0f} s{peak_memory(self.target.device)}")
         if (picture := plot_metrics(self.metrics.path)) is not None:
             self.progress(f"plot in {picture}")
 

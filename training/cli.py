@@ -1,4 +1,4 @@
-"""``dspark train synthesize | drafter | calibrate | evaluate | compare | export | all --config FILE``: from a model to its drafter."""
+"""``dspark train STAGE --config FILE``: from a model to its drafter; ``STAGES`` names the stages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ STAGES = {
     "calibrate": "make its confidences honest",
     "evaluate": "measure acceptance lengths through the serving engine",
     "compare": "train drafters of several kinds alike and measure them side by side",
+    "widths": "measure what truncating draft laws costs (draft_law_width)",
     "export": "write the drafter of the last checkpoint",
     "all": "synthesize, drafter, calibrate and evaluate, one after the other",
 }
@@ -52,15 +53,16 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="N",
                 help="train on N workers of Ray (needs dspark-serve[train]); without it, in this process",
             )
+        if name in ("evaluate", "compare", "widths"):
+            stage.add_argument(
+                "--drafter", action="append", default=[], metavar="NAME", help="a folder (or ngram) to measure too; may be repeated"
+            )
         if name in ("evaluate", "compare"):
             _add_evaluate(stage)
     return parser
 
 
 def _add_evaluate(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument(
-        "--drafter", action="append", default=[], metavar="NAME", help="ngram or a folder, measured beside ours; may be repeated"
-    )
     stage.add_argument("--prompts", type=Path, metavar="FOLDER", help="folder of prompt sets (default: the file's, or the built-in sets)")
     stage.add_argument("--limit", type=int, metavar="N", help="prompts a set")
     stage.add_argument("--max-tokens", type=int, metavar="N", help="of each answer")
@@ -123,6 +125,13 @@ def _compare(config: TrainConfig, args: argparse.Namespace) -> bool:
     return True
 
 
+def _widths(config: TrainConfig, args: argparse.Namespace) -> bool:
+    from dspark.training.widths import measure_widths
+
+    measure_widths(config, _progress, tuple(args.drafter))
+    return True
+
+
 def _with_evaluation(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     """The settings with what the command line says of prompts."""
     named = {
@@ -153,6 +162,7 @@ _RUN: dict[str, Callable[[TrainConfig, argparse.Namespace], bool]] = {
     "calibrate": _calibrate,
     "evaluate": _evaluate,
     "compare": _compare,
+    "widths": _widths,
     "export": _export,
     "all": _all,
 }

@@ -72,7 +72,7 @@ class Drafting:
     name: str
     directory: DraftDirectory
     tls: TlsFiles | None
-    wait_s: float
+    wait_s: float | None
     fallback: str
 
 
@@ -115,7 +115,8 @@ class Verifier:
         if draft_workers is not None:
             directory = DraftDirectory(partial(find_draft_workers, draft_workers))
             directory.start()
-            drafting = Drafting(replica_id, directory, tls, config.draft_wait_ms / 1e3, config.draft_fallback)
+            wait_s = None if config.draft_wait_ms is None else config.draft_wait_ms / 1e3
+            drafting = Drafting(replica_id, directory, tls, wait_s, config.draft_fallback)
         progress = Progress("verifier", replica_id)
         try:
             self._ready = await asyncio.to_thread(loader, config.engine, progress, drafting)

@@ -152,7 +152,9 @@ class ServeConfig(BaseModel):
     )
     draft_device: str | None = Field(default=None, description="device of draft workers; None: engine.device")
     draft_kv_tokens: int | None = Field(default=None, ge=64, description="context a draft worker holds, in tokens; None: from free memory")
-    draft_wait_ms: float = Field(default=50.0, ge=0.0, le=10_000.0, description="longest wait of a step for draft workers")
+    draft_wait_ms: float | None = Field(
+        default=None, ge=0.0, le=10_000.0, description="longest wait of a step for draft workers; None: two short steps, at least 50"
+    )
     draft_fallback: Literal["none", "ngram", "grafted"] = Field(
         default="none", description="what drafts for requests that no draft worker drafts for in time"
     )

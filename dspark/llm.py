@@ -61,7 +61,7 @@ class LLM:
         self._open(call_in_own_thread(lambda: load_engine(config, log.info)))
 
     @classmethod
-    def with_draft_workers(cls, addresses: Sequence[str], token: str, *, draft_wait_ms: float = 50.0, **settings: Any) -> LLM:
+    def with_draft_workers(cls, addresses: Sequence[str], token: str, *, draft_wait_ms: float | None = None, **settings: Any) -> LLM:
         """An LLM whose drafts come from ``dspark draft-worker`` processes at these addresses (host:port), which all know ``token``.
 
         ``settings`` are the fields of ``EngineConfig``; the workers must have been given the same model, drafter and dtype.
@@ -74,7 +74,8 @@ class LLM:
         from dspark.workers.wire.draft_client import grpc_sessions
 
         facts = [DraftWorkerFacts(address, address, token) for address in addresses]
-        remote = RemoteDrafting(grpc_sessions("llm"), lambda links: links.set_workers(facts), assign_by_load, draft_wait_ms / 1e3)
+        wait_s = None if draft_wait_ms is None else draft_wait_ms / 1e3
+        remote = RemoteDrafting(grpc_sessions("llm"), lambda links: links.set_workers(facts), assign_by_load, wait_s)
         return cls.of(call_in_own_thread(lambda: load_remote_engine(config, remote, log.info)))
 
     @classmethod

@@ -367,6 +367,9 @@ class DraftsAhead(Protocol):
     def round_seconds(self, num_requests: int) -> float:
         """How long it takes lately from ``propose`` until the drafts of that many requests are there."""
 
+    def end(self) -> None:
+        """End its connections, for good."""
+
 
 @dataclass(frozen=True, slots=True)
 class Continuation:

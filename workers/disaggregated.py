@@ -31,12 +31,14 @@ from dspark.workers.drafter.target_ends import fingerprint, load_target_head
 from dspark.workers.drafter.target_head import TargetHead
 from dspark.workers.drafter.worker import DraftWorker, WorkerCounters
 from dspark.workers.drafter.worker_host import DraftWorkerHost
+from dspark.workers.verifier.costs import LiveCosts
 from dspark.workers.verifier.memory import free_bytes
 from dspark.workers.verifier.parallel.leader import Launcher
 from dspark.workers.verifier.targets import Target
 
 KV_SHARE: Final = {"cpu": 0.1, "cuda": 0.8}  # of the memory that is free after loading a draft worker's weights
 MAX_CPU_KV_BYTES: Final = 1 << 29
+MIN_WAIT_S: Final = 0.05
 FIRST_WORKER_S: Final = 120.0  # an engine that loads waits this long for a first draft worker
 
 
@@ -44,13 +46,14 @@ FIRST_WORKER_S: Final = 120.0  # an engine that loads waits this long for a firs
 class RemoteDrafting:
     """How an engine finds draft workers: ``attach`` gets its links, and names the workers to them from then on.
 
-    ``assign``: which worker drafts for a request; ``wait_s``: longest wait of a step for drafts; ``fallback``: none, ngram or grafted.
+    ``assign``: which worker drafts for a request; ``wait_s``: longest wait of a step for drafts, None: ``default_wait_s``;
+    ``fallback``: none, ngram or grafted.
     """
 
     open_session: OpenSession
     attach: Callable[[DraftLinks], None]
     assign: Assign
-    wait_s: float = 0.05
+    wait_s: float | None = None
     fallback: str = "none"
     first_worker_s: float = FIRST_WORKER_S
 
@@ -78,8 +81,14 @@ def load_remote_engine(
         return drafter, str(folder)
 
     loaded = load_engine(config, progress, launcher, make_drafter)
-    loaded.engine.options = dataclasses.replace(loaded.engine.options, draft_wait_s=remote.wait_s)
+    wait_s = default_wait_s(loaded.engine.drafts.costs) if remote.wait_s is None else remote.wait_s
+    loaded.engine.options = dataclasses.replace(loaded.engine.options, draft_wait_s=wait_s)
     return loaded
+
+
+def default_wait_s(costs: LiveCosts | None) -> float:
+    """The longest wait for drafts: what comes later than two short steps take could hardly pay; ``MIN_WAIT_S`` at least."""
+    return MIN_WAIT_S if costs is None else max(MIN_WAIT_S, 2.0 * costs.table.step_seconds(1))
 
 
 def load_draft_worker(config: EngineConfig, kv_tokens: int | None = None, progress: Progress = lambda _: None) -> LoadedDraftWorker:

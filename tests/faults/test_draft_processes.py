@@ -82,6 +82,7 @@ def llm(folder: Path, workers: list[Process]) -> Iterator[LLM]:
     settings = {"model": str(folder / "tiny"), "drafter": str(folder / "draft"), "speculation": "static:4", "dtype": "float32"}
     with LLM.with_draft_workers([w.address for w in workers], TOKEN, **settings, threads=1, kv_tokens=4096, profile=False) as opened:
         yield opened
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("draft-worker-")], "the streams' end", 10)
 
 
 def texts(llm: LLM, params: SamplingParams, speculation: str | None = None) -> list[tuple[int, ...]]:

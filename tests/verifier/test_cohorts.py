@@ -98,6 +98,9 @@ class FarTexts(KnownTexts):
     def round_seconds(self, num_requests: int) -> float:
         return float(num_requests)
 
+    def end(self) -> None:
+        self.asked.append(set())
+
     def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
         self.asked.append(set(want))
         return super().collect(want, wait_s)

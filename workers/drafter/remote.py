@@ -138,6 +138,10 @@ class RemoteDrafter:
         """How long it takes lately from ``propose`` until the drafts of that many requests are there."""
         return self._times(num_requests)
 
+    def end(self) -> None:
+        """End the streams to all workers, for good."""
+        self.links.close()
+
     def stats(self) -> dict[str, float]:
         """Counters and gauges for metrics."""
         sent, received = self.links.num_bytes

@@ -165,6 +165,8 @@ class Engine:
         """End what the engine has started besides itself; it must not step any more. Closing twice is fine."""
         if self.target.ranks is not None:
             self.target.ranks.close()
+        if isinstance(self.drafter, DraftsAhead):
+            self.drafter.end()
 
     def set_costs(self, costs: CostTable) -> None:
         """Let adaptive speculation trim by this table; without one it verifies every draft."""

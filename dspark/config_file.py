@@ -221,10 +221,12 @@ def _explain(model: type[BaseModel], problem: Any, sources: Mapping[str, str]) -
 
 
 def _suggest_key(model: type[BaseModel], location: Sequence[str]) -> str:
-    """A key beside the unknown one, or one of the same name elsewhere."""
+    """A key of the same name elsewhere, one like it beside the unknown one, or one like it elsewhere."""
     *parents, name = location
     beside = sorted(_model_at(model, parents).model_fields)
     elsewhere = {key.name: key.path for key in keys(model)}
+    if name in elsewhere:
+        return f"; did you mean {elsewhere[name]}?"
     if not difflib.get_close_matches(name, beside, 1) and (match := difflib.get_close_matches(name, elsewhere, 1)):
         return f"; did you mean {elsewhere[match[0]]}?"
     return _suggest(name, beside)

@@ -86,10 +86,12 @@ def predicted_ttft(view: ReplicaView, new_tokens: int, priority: int, sent: Sent
         if waiting_priority > priority:
             behind_requests += requests
             behind_tokens += tokens
-    ahead = max(view.running + view.queued - behind_requests - sent.ended, 0) + sent.requests
+    still_there = max(view.running + view.queued - sent.ended, 0)
+    ahead = max(still_there - behind_requests, 0) + sent.requests
+    in_line = round((view.queued_tokens - behind_tokens) * min(1.0, still_there / max(view.queued, 1)))  # what ended was computed
     decoding = min(ahead, view.max_running)
     room = max(view.max_step_tokens - decoding, 1)
-    full_steps, rest = divmod(view.queued_tokens - behind_tokens + sent.tokens + new_tokens, room)
+    full_steps, rest = divmod(in_line + sent.tokens + new_tokens, room)
     last_s = seconds = step_seconds(view, decoding, rest)
     if full_steps:
         seconds += full_steps * step_seconds(view, decoding, room)

@@ -181,4 +181,4 @@ def test_requests_that_ended_since_the_view_are_not_in_the_way() -> None:
         counts[best] += 1
         sent[best] = Sent(sent[best].requests + 1, sent[best].tokens + 30, sent[best].ended)
     assert counts == {"a": 2, "b": 2}
-    assert ranked([view("a", running=1)], ask(), {"a": Sent(ended=3)}) == ranked([view("a")], ask())
+    assert ranked([view("a", running=1, queued=2, queued_tokens=90)], ask(), {"a": Sent(ended=3)}) == ranked([view("a")], ask())

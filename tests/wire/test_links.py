@@ -503,3 +503,14 @@ def test_requests_count_until_a_view_that_shows_them_and_ended_ones_until_one_th
         host.close()
 
     run(test)
+
+
+def test_an_open_link_knows_how_its_verifier_is() -> None:
+    async def test() -> None:
+        host = ScriptedHost(max_running=3)
+        async with grpc_link(host) as link:
+            assert link.status is not None
+            assert link.status.view.max_running == 3
+        host.close()
+
+    run(test)

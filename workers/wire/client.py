@@ -7,7 +7,7 @@ from typing import Final
 
 import grpc
 
-from dspark.errors import ProtocolMismatch, WorkerLost
+from dspark.errors import DSparkError, ProtocolMismatch, WorkerLost
 from dspark.types import Request
 from dspark.workers.wire import dspark_pb2 as pb
 from dspark.workers.wire.codec import (
@@ -67,13 +67,14 @@ class GrpcLink(Link):
             async with asyncio.timeout(timeout_s):
                 await call.write(pb.Up(hello=self._hello))
                 self._check_welcome(await call.read())
+                self._take_first(await call.read())
         except TimeoutError:
             await self._channel.close(None)
             raise WorkerLost(f"verifier {self.replica_id} at {self.address} did not answer in {timeout_s:g} s") from None
         except grpc.aio.AioRpcError as error:
             await self._channel.close(None)
             raise _as_error(self.replica_id, error) from error
-        except ProtocolMismatch:
+        except DSparkError:
             await self._channel.close(None)
             raise
         self.is_open = True
@@ -104,6 +105,12 @@ class GrpcLink(Link):
             raise ProtocolMismatch(f"verifier {self.replica_id} speaks protocol {welcome.protocol}, this router {PROTOCOL}")
         if welcome.replica_id != self.replica_id:
             raise WorkerLost(f"{self.address} is verifier {welcome.replica_id} now, not {self.replica_id}")
+
+    def _take_first(self, message: object) -> None:
+        """The first view comes with the welcome: an open link is one that can be judged."""
+        if not isinstance(message, pb.Down) or message.WhichOneof("kind") != "view":
+            raise WorkerLost(f"verifier {self.replica_id} did not say how it is")
+        self._take(message)
 
     async def _write(self, call: grpc.aio.StreamStreamCall[pb.Up, pb.Down]) -> None:
         try:

@@ -3,6 +3,7 @@
 #   make serve    install, prepare the embedded model, serve on http://127.0.0.1:8000 (DSPARK_PORT)
 #   make test     install, run the tests            ARGS="tests/verifier -k stop" narrows it
 #   make test-oldest   the model tests on the oldest transformers that is supported
+#   make test-faults   processes and networks that are killed, stopped, slowed down and spoiled; FAULT_REPEATS=3 does each thrice
 #   make lint     ruff, ruff format, mypy
 #   make bench    the default benchmark             ARGS="--sets code --concurrency 1" changes it
 #   make clean    remove .venv and everything built
@@ -32,7 +33,7 @@ say = @echo '==>'
 # A file's tests stay on one process: they share models and servers. One compute thread each, or they wait for one another.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help install install-dev model serve test test-oldest lint format proto bench clean
+.PHONY: help install install-dev model serve test test-faults test-oldest lint format proto bench clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -83,6 +84,12 @@ test: $(DEV)
 	@$(BIN)/python -m dspark.deploy.default_model
 	$(say) "running the tests"
 	@$(PYTEST) $(ARGS)
+
+# One process: every test has the machine to itself. -s shows how long each recovery took.
+test-faults: export HF_HUB_OFFLINE := 1
+test-faults: export RAY_USAGE_STATS_ENABLED := 0
+test-faults: $(DEV)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/faults -m 'slow or not slow' -s $(ARGS)
 
 # The oldest transformers that pyproject.toml allows, laid over the newest: what touches its models must run on both.
 test-oldest: export HF_HUB_OFFLINE := 1

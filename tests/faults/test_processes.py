@@ -1,0 +1,205 @@
+"""Processes of a whole cluster that are killed, stopped or slowed down while 16 requests stream: nothing is lost, doubled or changed.
+
+Two verifiers of two ranks each, two draft workers and a router under Serve. A router takes its clients' connections with it, so
+a client whose stream breaks asks again, as clients do; every other fault must be invisible to clients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+from helpers.repeats import FAULT_REPEATS
+from helpers.servers import Server
+from helpers.tiny_model import save_tiny_drafter, save_tiny_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+NUM_STREAMS, LENGTH = 16, 250
+SLOW_S = 3.0  # of stopping and going on
+BACK_S = 180.0  # for Serve to find a stopped process, to kill it, and to start another one
+SETTINGS = [
+    *("--topology", "disaggregated", "--verifiers", "2", "--draft-workers", "2", "-tp", "2", "--draft-kv-tokens", "8192"),
+    *("--dtype", "float32", "--kv-tokens", "16384", "--no-profile", "--speculation", "static:2", "--threads", "1", "--drain-s", "30"),
+]
+MARKS = {
+    "verifier": "ServeReplica:dspark:Verifier",
+    "draft worker": "ServeReplica:dspark:DraftWorker",
+    "router": "ServeReplica:dspark:Router",
+}
+VICTIMS = (*MARKS, "rank")
+WHOLE = {"verifier": 2, "draft worker": 2, "router": 1, "rank": 2}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_drafter(save_tiny_model(folder / "tiny", max_len=1024), folder / "draft")
+    running = Server(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *SETTINGS)
+    try:
+        yield running.wait()
+    finally:
+        running.stop()
+        left = running.processes()
+    assert not left, f"processes outlived the server: {left}"
+
+
+@pytest.fixture(scope="module")
+def expected(cluster: Server) -> dict[int, str]:
+    """What every stream yields on an undisturbed cluster, without speculation."""
+    streams = Streams(cluster, {"speculation": "off"})
+    streams.run()
+    assert len(streams.texts) == NUM_STREAMS
+    return streams.texts
+
+
+def processes(server: Server, kind: str) -> list[int]:
+    found = server.processes()
+    if kind == "rank":
+        return [pid for pid, command in found.items() if command.startswith("ray::Rank")]
+    return [pid for pid, command in found.items() if MARKS[kind] in command]
+
+
+@dataclass
+class Streams:
+    """16 clients, half of them greedy, half with a seed; ``texts`` holds what each got in the end."""
+
+    server: Server
+    more: dict[str, object] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    again: Counter[int] = field(default_factory=Counter)  # client -> how often it had to ask again
+    num_events: int = 0
+
+    def run(self, when: int = 0, what: Callable[[], None] | None = None) -> None:
+        """Run all streams to their ends; do ``what`` in another thread after ``when`` events."""
+        threads = [threading.Thread(target=self._client, args=(i,)) for i in range(NUM_STREAMS)]
+        for thread in threads:
+            thread.start()
+        if what is not None:
+            while self.num_events < when and any(thread.is_alive() for thread in threads):
+                time.sleep(0.005)
+            what()
+        for thread in threads:
+            thread.join(2 * BACK_S)
+        assert not self.errors, self.errors
+
+    def _client(self, number: int) -> None:
+        deadline = time.monotonic() + BACK_S
+        while time.monotonic() < deadline:
+            text = self._ask(number)
+            if text is not None:
+                self.texts[number] = text
+                return
+            self.again[number] += 1
+            time.sleep(0.2)
+        self.errors.append(f"stream {number} never came to its end")
+
+    def _ask(self, number: int) -> str | None:
+        """The text, or None if the connection broke."""
+        sampling = {"temperature": 0.0} if number % 2 else {"temperature": 0.9, "seed": number}
+        body = {"model": "tiny", "prompt": f"stream {number}", "max_tokens": LENGTH, "ignore_eos": True, "stream": True}
+        parts: list[str] = []
+        try:
+            with httpx.stream("POST", f"{self.server.url}/v1/completions", json=body | sampling | self.more, timeout=BACK_S) as response:
+                if response.status_code >= 500:
+                    return None
+                assert response.status_code == 200, response.read()
+                for line in response.iter_lines():
+                    if line == "data: [DONE]":
+                        return "".join(parts)
+                    if line.startswith("data: {"):
+                        event = json.loads(line.removeprefix("data: "))
+                        if "error" in event:
+                            self.errors.append(f"stream {number}: {event}")
+                            return ""
+                        parts.append(event["choices"][0]["text"])
+                        self.num_events += 1
+        except httpx.HTTPError:
+            return None
+        return None  # it ended before its end
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop(pid: int) -> None:
+    """For good: somebody else has to find it and to replace it."""
+    os.kill(pid, signal.SIGSTOP)
+
+
+def slow(pid: int) -> None:
+    """It runs a third of the time."""
+    deadline = time.monotonic() + SLOW_S
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.1)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.05)
+
+
+FAULTS = {"kill": kill, "stop": stop, "slow": slow}
+
+
+def is_whole(server: Server) -> bool:
+    """Whether every process is there, connected, and idle, and nothing is held anywhere."""
+    if {kind: len(processes(server, kind)) for kind in WHOLE} != WHOLE:
+        return False
+    try:
+        answer = httpx.get(f"{server.url}/status", timeout=5.0).json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    verifiers, workers = answer["verifiers"], answer["draft_workers"]
+    return (
+        answer["status"] == "ok"
+        and answer["routers"]["in_flight"] == 0
+        and [v["state"] for v in verifiers] == ["ok", "ok"]
+        and all(v["requests"]["running"] == v["requests"]["waiting"] == 0 for v in verifiers)
+        and all(v["kv"]["free_blocks"] == v["kv"]["blocks"] for v in verifiers)
+        and [w["state"] for w in workers] == ["ready", "ready"]
+        and all(w["verifiers"] == 2 and w["requests"] == 0 and w["free_blocks"] == w["blocks"] for w in workers)
+    )
+
+
+def eventually_whole(server: Server, what: str) -> None:
+    deadline = time.monotonic() + BACK_S
+    while not is_whole(server):
+        assert time.monotonic() < deadline, f"{what}: {httpx.get(f'{server.url}/status', timeout=5.0).text}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_streams_survive(cluster: Server, expected: dict[int, str], victim: str, fault: str) -> None:
+    for repeat in range(FAULT_REPEATS):
+        eventually_whole(cluster, "before the fault")
+        chance = random.Random(f"{victim} {fault} {repeat}")
+        streams = Streams(cluster)
+        hit_s = 0.0
+
+        def hit(chance: random.Random = chance) -> None:
+            nonlocal hit_s
+            hit_s = time.monotonic()
+            FAULTS[fault](chance.choice(processes(cluster, victim)))
+
+        streams.run(chance.randrange(100, 1000), hit)
+        done_s = time.monotonic() - hit_s
+        assert streams.texts == expected
+        if victim != "router":
+            assert not streams.again, f"clients noticed: {streams.again}"
+        eventually_whole(cluster, "after the fault")
+        whole_s = time.monotonic() - hit_s
+        told = f"{victim} {fault} {repeat}: all texts after {done_s:.1f} s, whole and empty again after {whole_s:.1f} s"
+        print(f"{told}, {streams.again.total()} requests asked again")

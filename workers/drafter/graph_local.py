@@ -91,7 +91,7 @@ class GraphDrafter(LocalDrafter):
         chains = {name: self._num_wanted(name, limit) for name, limit in want.items() if not self._is_tree(name)}
         self._launch([name for name, count in chains.items() if count and not self._is_ready(name)])
         self._settle()
-        found = {name: self._ready.pop(name).first(count) for name, count in chains.items() if count}
+        found = {name: self._ready.pop(name).first(count) for name, count in chains.items() if count and name in self._ready}
         return found | super().collect({name: limit for name, limit in want.items() if self._is_tree(name)}, wait_s)
 
     def close(self, request_ids: Sequence[str]) -> None:

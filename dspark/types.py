@@ -384,11 +384,25 @@ class Continuation:
     first_row: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceDrafts:
+    """What a drafter leaves on the device behind a step: R rows or more, in the order asked for.
+
+    ``anchors`` [R]: the step's own tokens. ``tokens`` [R, γ] the drafts behind them. ``places``, ``slots`` [R, γ + 1]: positions of
+    anchor and drafts, and where their KV goes.
+    """
+
+    anchors: Any
+    tokens: Any
+    places: Any
+    slots: Any
+
+
 @runtime_checkable
 class ContinuesSteps(Protocol):
     """A drafter on the target's own device, which finds out there what a step accepted, and drafts on before the host knows."""
 
-    def continue_step(self, rows: Sequence[Continuation]) -> None:
+    def continue_step(self, rows: Sequence[Continuation]) -> DeviceDrafts:
         """Draft for the rows of the step that was launched last; the next ``propose`` may turn out to want other drafts."""
 
 

@@ -40,6 +40,7 @@ class CudaGraphs:
     def __call__(self, run: Callable[[], Output]) -> Callable[[], Output]:
         run()  # compiles kernels and lets libraries choose theirs, which a capture may not
         torch.cuda.synchronize()
+        stream = torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
@@ -50,6 +51,7 @@ class CudaGraphs:
             if not self.has_failed:
                 self._warn(f"WARNING: steps run without CUDA graphs, which is much slower: {error}")
             self.has_failed = True
+            torch.cuda.set_stream(stream)  # a capture that fails may leave its own in place
             return run
 
         def replay() -> Output:

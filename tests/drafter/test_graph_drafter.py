@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -148,3 +149,48 @@ def test_drafts_are_begun_behind_the_step(target: Target, monkeypatch: pytest.Mo
     launched["continue_step"] = 0
     run(engine, requests(temperature=0.8))
     assert launched["continue_step"] == 0
+
+
+def test_steps_are_launched_behind_drafts_that_the_host_has_not_seen(target: Target) -> None:
+    """The same text and the same drafts, with ends at different times, a stop token, and requests that come and go meanwhile."""
+    module = random_module(target)
+    eager, graphed = engines(target, module=module, speculation="static:3", max_num_seqs=4)
+    wanted = [
+        Request(name, tuple(prompt), SamplingParams(temperature=0.0, max_tokens=20 + 9 * i, ignore_eos=True))
+        for i, (name, prompt) in enumerate(PROMPTS.items())
+    ]
+    texts = [{name: (result.tokens, result.finish) for name, result in run(engine, wanted).items()} for engine in (eager, graphed)]
+    assert texts[0] == texts[1]
+    assert graphed.ahead.launched > 10
+    stop = texts[0]["r2"][0][11]
+    stopped = [dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, stop_token_ids=(stop,))) for r in wanted]
+    texts = [{name: (result.tokens, result.finish) for name, result in run(engine, stopped).items()} for engine in (eager, graphed)]
+    assert texts[0] == texts[1]
+
+
+def test_an_aborted_request_leaves_the_others_alone(target: Target) -> None:
+    plain = {name: result.tokens for name, result in run(make_engine(target, speculation="off"), requests(temperature=0.0)).items()}
+    _, engine = engines(target, speculation="static:3")
+    tokens: dict[str, list[int]] = {name: [] for name in PROMPTS}
+    for request in requests(temperature=0.0):
+        engine.add(request)
+    for step in range(200):
+        if step == 5:
+            assert engine._drafted is not None
+            engine.abort("r1")
+            tokens["r1"] = []
+            engine.add(next(request for request in requests(temperature=0.0) if request.id == "r1"))
+        for outcome in engine.step():
+            tokens[outcome.request_id] += outcome.tokens
+        engine.pool.check()
+        if not engine.has_work:
+            break
+    assert tokens == plain
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_a_small_pool_and_seeded_neighbours(target: Target) -> None:
+    mixed = [*requests(temperature=0.0, max_tokens=40)[:3], *requests(temperature=0.9, seed=3, max_tokens=40)[3:]]
+    plain = {name: result.tokens for name, result in run(make_engine(target, speculation="off"), mixed).items()}
+    _, engine = engines(target, num_blocks=16, speculation="static:4")
+    assert {name: result.tokens for name, result in run(engine, mixed).items()} == plain

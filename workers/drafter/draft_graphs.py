@@ -33,6 +33,7 @@ from dspark.kernels.graphs import Capture
 from dspark.kernels.kv_store import store_kv
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
+from dspark.types import DeviceDrafts
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.module_config import LayerMask
@@ -50,6 +51,7 @@ class GraphDraft:
 
     draft: BlockDraft
     outcome: Tensor
+    on_device: DeviceDrafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ class DraftGraphs:
         self._module, self._pools = module, pools
         self._sizes = graph_sizes(max_rows)
         self._widths = widths
-        self._per_row = spare_blocks(module.config.num_slots, pools.block_size)
+        self._num_places = num_places(module)
+        self._per_row = spare_blocks(self._num_places, pools.block_size)
         spare = np.arange(first_spare, first_spare + max_rows * self._per_row, dtype=np.int32)
         self._spare = [row.tobytes() for row in spare.reshape(max_rows, self._per_row)]
         is_cuda = pools.device.type == "cuda"
@@ -210,12 +213,12 @@ class DraftGraphs:
         """The block of every row, whose anchor sits at ``positions`` (0: padding; no anchor is a request's first token)."""
         config, pools = self._module.config, self._pools
         num_slots, block_size = config.num_slots, pools.block_size
-        places = positions.unsqueeze(1) + torch.arange(num_slots, device=pools.device)
+        places = positions.unsqueeze(1) + torch.arange(self._num_places, device=pools.device)
         blocks = tables.index_select(0, (table_starts.unsqueeze(1) + places // block_size).flatten()).view_as(places)
         is_real = positions > 0
-        slots = torch.where(is_real.unsqueeze(1), blocks * block_size + places % block_size, -1).flatten()
+        slots = torch.where(is_real.unsqueeze(1), blocks * block_size + places % block_size, -1)
         batch = RaggedBatch(
-            positions=places.flatten(),
+            positions=places[:, :num_slots].flatten(),
             starts=torch.arange(0, size * num_slots + 1, num_slots, dtype=torch.int32, device=pools.device),
             contexts=torch.where(is_real, positions + num_slots, 0).to(torch.int32),
             table_starts=table_starts,
@@ -223,10 +226,11 @@ class DraftGraphs:
             block_size=block_size,
             longest=num_slots,
         )
-        hidden = self._module.block_hidden(anchors, positions, RaggedContext(pools, batch, slots, positions))
+        hidden = self._module.block_hidden(anchors, positions, RaggedContext(pools, batch, slots[:, :num_slots].flatten(), positions))
         draft = draw_block(self._module, hidden, anchors, rows, width, None)
         numbers = (draft.tokens, draft.confidence, draft.margin, anchors.unsqueeze(1), positions.unsqueeze(1))
-        return GraphDraft(draft, torch.cat([part.to(torch.float64) for part in numbers], dim=1))
+        outcome = torch.cat([part.to(torch.float64) for part in numbers], dim=1)
+        return GraphDraft(draft, outcome, DeviceDrafts(anchors, draft.tokens, places, slots))
 
     def _spans(self, size: int) -> tuple[dict[str, tuple[int, int]], int]:
         """Where the fields of so many rows lie, and where their tables begin, in 32-bit words."""
@@ -297,6 +301,11 @@ class DraftedBlock:
     position: int
 
 
-def spare_blocks(num_slots: int, block_size: int) -> int:
+def num_places(module: DSparkModule) -> int:
+    """Positions of a block: its inputs, or anchor and drafts where those are more."""
+    return max(module.config.num_slots, module.config.block_size + 1)
+
+
+def spare_blocks(num_places: int, block_size: int) -> int:
     """Blocks that one drafted block may need beyond those of its context."""
-    return -(-num_slots // block_size)
+    return -(-num_places // block_size)

@@ -15,8 +15,17 @@ from torch import Tensor
 from dspark.kernels.graphs import Capture
 from dspark.kernels.kv_store import store_kv
 from dspark.sampling import AcceptanceRule
-from dspark.types import BlockTables, Continuation, DraftLaw, DraftTree, DraftTurn
-from dspark.workers.drafter.draft_graphs import GREEDY_WIDTH, ContinuedRow, DraftGraphs, DraftRow, GraphDraft, Outcome, spare_blocks
+from dspark.types import BlockTables, Continuation, DeviceDrafts, DraftLaw, DraftTree, DraftTurn
+from dspark.workers.drafter.draft_graphs import (
+    GREEDY_WIDTH,
+    ContinuedRow,
+    DraftGraphs,
+    DraftRow,
+    GraphDraft,
+    Outcome,
+    num_places,
+    spare_blocks,
+)
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.paged_context import DraftPools
@@ -53,7 +62,7 @@ class GraphDrafter(LocalDrafter):
     """``LocalDrafter`` on a GPU for at most ``max_rows`` requests of ``max_model_len`` tokens; call ``prepare`` before the first."""
 
     def __init__(self, module: DSparkModule, tables: BlockTables, law_width: int, max_rows: int, max_model_len: int) -> None:
-        spare = spare_blocks(module.config.num_slots, tables.block_size)
+        spare = spare_blocks(num_places(module), tables.block_size)
         super().__init__(module, tables, law_width, head_top_k=0, num_spare_blocks=max_rows * spare)
         self.feed = ContextFeed(module, self.pools)
         width = min(law_width, module.config.draft_vocab_size)
@@ -67,14 +76,16 @@ class GraphDrafter(LocalDrafter):
         """Capture the graphs. ``step_tokens``: the best tokens that a step of the target leaves, and which drafts equal them."""
         self._graphs.prepare(capture, step_tokens)
 
-    def continue_step(self, rows: Sequence[Continuation]) -> None:
+    def continue_step(self, rows: Sequence[Continuation]) -> DeviceDrafts:
         """Launch the next blocks right behind the step, whose verdict they take from the device."""
         self._settle()
         tables = [self._tables.table(row.request_id) for row in rows]
         blocks = [ContinuedRow(row.first_row, row.num_draft, row.base_len, table) for row, table in zip(rows, tables, strict=True)]
         names = [row.request_id for row in rows]
-        self._launched.append(_Launched(names, *self._graphs.continue_step(blocks)))
+        found, outcome = self._graphs.continue_step(blocks)
+        self._launched.append(_Launched(names, found, outcome))
         self._continued = set(names)
+        return found.on_device
 
     def propose(self, turns: Sequence[DraftTurn]) -> None:
         """Note what became known, and launch the blocks of all requests that may draft and do not yet."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark.types import VerifyPlan
+from dspark.types import DeviceDrafts, VerifyPlan
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.forward import BestTokens
 from dspark.workers.verifier.runner import Runner, StepResult
@@ -40,6 +40,15 @@ class Flight:
     def context(self) -> int:
         """Positions that all rows attend to."""
         return int(self.positions.sum()) + len(self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedFlight:
+    """A step under way that verifies ``num_drafts`` drafts of every sequence, which the host has not seen when it launches it."""
+
+    sequences: list[Sequence]
+    num_drafts: int
+    result: StepResult
 
 
 class RunAhead:
@@ -75,6 +84,40 @@ class RunAhead:
             rows = [rows[i] for i in source]
             positions, slots = positions[source], slots[source]
         return self._launch(rows, positions, source, slots)
+
+    def reserve_drafts(self, plan: VerifyPlan, result: StepResult, sequences: list[Sequence]) -> int:
+        """Blocks for the step that verifies the next drafts behind a step under way: how many a row, or 0 where more could happen.
+
+        ``sequences`` are those of the plan's rows, in order. Reserve before the drafts are launched: they say where KV goes.
+        """
+        num_drafts = max(sequence.draft_depth for sequence in sequences)
+        if not self.can_run or num_drafts < 1 or any(result.num_scored) or not self._is_alone(sequences):
+            return 0
+        reaches = [row.start + row.num_known + row.num_draft + 1 + num_drafts for row in plan.rows]
+        fits = all(reach <= sequence.max_len for reach, sequence in zip(reaches, sequences, strict=True))
+        if not fits or len(sequences) * (num_drafts + 1) > self._runner.max_launched:
+            return 0
+        missing = [self._pool.blocks_for(reach) - len(self._pool.table(s.id)) for s, reach in zip(sequences, reaches, strict=True)]
+        if sum(max(0, count) for count in missing) > self._pool.num_free:
+            return 0
+        for sequence, reach in zip(sequences, reaches, strict=True):
+            if not self._pool.grow(sequence.id, reach):
+                raise AssertionError("free blocks were counted before")
+            sequence.num_reserved = reach
+        return num_drafts
+
+    def launch_drafts(self, sequences: list[Sequence], drafts: DeviceDrafts, num_drafts: int) -> DraftedFlight:
+        """Launch that step, with drafts on the device for each of the sequences."""
+        self.launched += 1
+        tables = [self._pool.table(sequence.id) for sequence in sequences]
+        return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(drafts, tables, num_drafts))
+
+    def _is_alone(self, sequences: list[Sequence]) -> bool:
+        """Whether these are all that runs, and nobody could be let in beside them."""
+        scheduler = self._scheduler
+        if scheduler.waiting and len(scheduler.running) < scheduler.limits.max_num_seqs:
+            return False
+        return len(sequences) == len(scheduler.running) and all(map(_is_simple, sequences))
 
     def _launch(self, rows: list[Sequence], positions: Ints, source: Ints, slots: Ints | None) -> Flight | None:
         """Launch the rows that go on; row i takes its token from row ``source[i]`` of the step before."""

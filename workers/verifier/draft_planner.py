@@ -106,6 +106,14 @@ class DraftPlanner:
                 share.num_draft = min(num_drafted(sequence), share.num_draft + left)
                 left -= share.num_draft - share.num_commit
 
+    def take_whole(self, trees: Seq[DraftTree]) -> None:
+        """A step verifies these drafts without a plan: what they say of themselves is kept as that of planned ones is."""
+        survival = self.survival.survival(trees)
+        self.budget = sum(len(tree.tokens) for tree in trees)
+        if self.costs is not None:
+            self._history.append(rank(survival))
+            self.policy.observe(survival)
+
     def depth(self, sequences: Seq[Sequence]) -> int:
         """How deep to draft for the next step of these requests, those with adaptive verification; 0: not at all."""
         most = math.ceil(self.speculation_limit * self.policy.block_size)

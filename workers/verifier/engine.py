@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -32,7 +33,7 @@ from dspark.types import (
     VerifyPlan,
 )
 from dspark.workers.blocks import BlockPool
-from dspark.workers.verifier.ahead import Flight, RunAhead
+from dspark.workers.verifier.ahead import DraftedFlight, Flight, RunAhead
 from dspark.workers.verifier.aside import Aside
 from dspark.workers.verifier.cohorts import Cohorts
 from dspark.workers.verifier.costs import CostTable, LiveCosts
@@ -87,6 +88,7 @@ class StepTimes:
     num_drafting: int = 0
     depth: int = 0
     before_s: float = 0.0  # when the verdicts of the step before were known
+    was_ahead: bool = False  # launched before the step before was over: its times say little
 
     @property
     def draft_s(self) -> float:
@@ -142,6 +144,7 @@ class Engine:
         self.ahead = RunAhead(self.runner, self.scheduler, pool, options.overlapped and not self._ships_features)
         self.drafts.runs_ahead = self.ahead.can_run
         self._flight: Flight | None = None  # a plain step that was launched before its turn
+        self._drafted: DraftedFlight | None = None  # a step that was launched behind the drafts it verifies
         self._landed_s = 0.0
         self.judge: Judge = judge
         self.counters = EngineCounters()
@@ -223,20 +226,16 @@ class Engine:
         """Run one round for everything that is admitted; one outcome for each request that got tokens or ended."""
         if self._flight is not None:
             return self._land(self._flight)
-        times = StepTimes(self.clock(), before_s=self._landed_s)
-        self.scheduler.choose(times.begin_s)
-        self._take_turns()
-        times.num_drafting, times.depth = self._collect()
-        times.drafted_s = self.clock()
-        plan = self.scheduler.plan(times.drafted_s, times.draft_s)
-        if not plan.rows:
+        times = StepTimes(self.clock(), before_s=self._landed_s, was_ahead=self._drafted is not None)
+        plan, result = self._begin(times) if self._drafted is None else self._resume(times, self._drafted)
+        if result is None:
             return []
-        result = self.runner.forward(plan, self.sequences)
+        self._drafted = None
         depth = self._depth_ahead(plan)
         if depth == 0:
             self._flight = self.ahead.after_step(plan, result, self.sequences)
         elif (depth or times.num_drafting) and result.best is not None:
-            self._continue(plan, result)
+            self._drafted = self._continue(plan, result)
         verdicts = self._judge(plan, result)
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
@@ -255,17 +254,52 @@ class Engine:
         self._forget(ended)
         return outcomes
 
-    def _continue(self, plan: VerifyPlan, result: StepResult) -> None:
-        """Let a drafter on the device begin the next blocks of greedy requests behind the step itself."""
+    def _begin(self, times: StepTimes) -> tuple[VerifyPlan, StepResult | None]:
+        """Collect drafts, plan a step and launch it; no result where there is nothing to run."""
+        self.scheduler.choose(times.begin_s)
+        self._take_turns()
+        times.num_drafting, times.depth = self._collect()
+        times.drafted_s = self.clock()
+        plan = self.scheduler.plan(times.drafted_s, times.draft_s)
+        return plan, self.runner.forward(plan, self.sequences) if plan.rows else None
+
+    def _resume(self, times: StepTimes, flight: DraftedFlight) -> tuple[VerifyPlan, StepResult | None]:
+        """A step that was launched behind the drafts it verifies: what they are is known by now, and where each request stands."""
+        alive = [(s, first) for s, first in zip(flight.sequences, flight.result.first_row, strict=True) if self._is_running(s)]
+        self.scheduler.chosen = [sequence for sequence, _ in alive]
+        for sequence in self.scheduler.chosen:
+            sequence.drafts_wanted = flight.num_drafts
+        times.num_drafting, times.depth = self._collect()
+        times.drafted_s = self.clock()
+        self.drafts.take_whole([s.draft for s in self.scheduler.chosen if s.draft is not None])
+        rows = []
+        for sequence, _ in alive:
+            count = 0 if sequence.draft is None else min(len(sequence.draft.tokens), flight.num_drafts)
+            rows.append(PlanRow(sequence.id, sequence.num_computed, 1, count, True, count))
+            sequence.drafts_wanted = sequence.draft_depth  # what the policy wants for the next step
+        result = dataclasses.replace(flight.result, first_row=[first for _, first in alive], num_scored=[0] * len(alive))
+        self._drafted = None
+        return VerifyPlan(tuple(rows), len(rows) * (flight.num_drafts + 1)), result if rows else None
+
+    def _is_running(self, sequence: Sequence) -> bool:
+        """Whether it has not ended, nor been aborted, since a step was launched for it."""
+        return self.sequences.get(sequence.request.id) is sequence
+
+    def _continue(self, plan: VerifyPlan, result: StepResult) -> DraftedFlight | None:
+        """Let a drafter on the device begin the next blocks of greedy requests behind the step itself, and launch what verifies them."""
         if not isinstance(self.drafter, ContinuesSteps):
-            return
+            return None
         rows = [
             Continuation(row.request_id, row.start + row.num_known, row.num_draft, first)
             for row, first in zip(plan.rows, result.first_row, strict=True)
             if row.samples and row.num_commit == row.num_draft and self._can_continue(self.sequences[row.request_id])
         ]
-        if rows:
-            self.drafter.continue_step(rows)
+        if not rows:
+            return None
+        sequences = [self.sequences[row.request_id] for row in rows]
+        num_drafts = self.ahead.reserve_drafts(plan, result, sequences) if len(rows) == len(plan.rows) else 0
+        drafts = self.drafter.continue_step(rows)
+        return self.ahead.launch_drafts(sequences, drafts, num_drafts) if num_drafts else None
 
     def _can_continue(self, sequence: Sequence) -> bool:
         """Whether its next draft can be begun before the host knows what this step accepted."""
@@ -299,7 +333,7 @@ class Engine:
         self.counters.step_tokens += len(tokens)
         outcomes: list[StepOutcome] = []
         ended: list[Sequence] = []
-        landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if self.sequences.get(s.request.id) is s]
+        landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if self._is_running(s)]
         for sequence, token in landed:  # the others ended, or were aborted, while this step was under way
             sequence.draft = None
             outcome = self._commit_one(sequence, token) or self._commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
@@ -399,6 +433,9 @@ class Engine:
         self.survival.learn()
         costs, times = self.drafts.costs, record.times
         if costs is None:
+            return
+        if times.was_ahead:
+            costs.observe_host(record.num_rows, 0.0)
             return
         predicted_s = costs.table.step_seconds(record.num_tokens - record.num_prefill, record.context)
         self.counters.timed_steps += 1

@@ -17,6 +17,7 @@ from dspark.errors import ConfigError
 from dspark.kernels.graphs import Capture
 from dspark.kernels.small_linear import MAX_ROWS
 from dspark.kernels.top import first_argmax
+from dspark.types import DeviceDrafts
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.attention import RaggedStep
 from dspark.workers.verifier.forward import Feed, Forward, StepInput, StepOutput
@@ -108,6 +109,13 @@ class GraphForward(Forward):
     def replay(self, size: int, step: HostStep) -> StepOutput:
         """Run a step of ``size`` tokens; nothing waits for the device."""
         self.buffers.fill(size, step)
+        return self._replays[size]()
+
+    @torch.inference_mode()
+    def replay_drafts(self, size: int, step: HostStep, drafts: DeviceDrafts, row_tokens: int) -> StepOutput:
+        """``replay`` of rows of ``row_tokens`` tokens each, whose ids, positions and slots are on the device already."""
+        self.buffers.fill(size, step)
+        self.buffers.overwrite(size, drafts, len(step.lengths), row_tokens)
         return self._replays[size]()
 
     @torch.inference_mode()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from dspark.kernels.buckets import graph_sizes, padded_size
 from dspark.kernels.graphs import Capture
 from dspark.kernels.paged_attention import AttentionRow
-from dspark.types import PlanRow, VerifyPlan
+from dspark.types import DeviceDrafts, PlanRow, VerifyPlan
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.forward import BestTokens, Feed, Forward, StepInput
 from dspark.workers.verifier.graphs import GraphForward, GraphSizes, fitting
@@ -102,6 +104,18 @@ class Runner:
         count = len(step.positions)
         self._graphs.replay(self.padded(count), step)
         return self._graphs.own_tokens(count)
+
+    def launch_drafts(self, drafts: DeviceDrafts, tables: list[Seq[int]], num_drafts: int) -> StepResult:
+        """Launch a step that verifies ``num_drafts`` drafts a row, all of which are on the device; and wait for nothing."""
+        assert self._graphs is not None
+        rows, row_tokens = len(tables), num_drafts + 1
+        count = rows * row_tokens
+        zeros = np.zeros(count, dtype=np.int64)
+        lengths = np.full(rows, row_tokens, dtype=np.int64)
+        step = HostStep(zeros, zeros, zeros, np.arange(count), lengths, zeros[:rows], tables)
+        output = self._graphs.replay_drafts(self.padded(count), step, drafts, row_tokens)
+        best = self._graphs.own_tokens(count)
+        return StepResult(output.logits, list(range(0, count, row_tokens)), [0] * rows, output.taps, best)
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.kernels.ragged_attention import RaggedBatch, row_ancestors
+from dspark.types import DeviceDrafts
 
 HOST_COPIES = 3  # host buffers in turn: one is filled while the copy of the one before may still run
 INT64_FIELDS = ("ids", "source", "positions", "wanted", "ancestors")
@@ -151,6 +152,19 @@ class StepBuffers:
         end = plan.tables + int(ends[-1]) if rows else plan.tables
         words[plan.tables : end] = np.frombuffer(b"".join(step.tables), dtype=np.int32)  # type: ignore[arg-type]
         self._device[self._own_words : self._own_words + end].copy_(self._pinned[self._turn][:end], non_blocking=True)
+
+    def overwrite(self, num_tokens: int, drafts: DeviceDrafts, num_rows: int, row_tokens: int) -> None:
+        """Put anchors and drafts into a step that was filled: ``num_rows`` rows of ``row_tokens`` tokens each, behind one another."""
+        plan = layout(num_tokens, self.rows_for(num_tokens))
+        whole = self._device[self._own_words :]
+        fields = {name: whole[slice(*plan.spans[name])] for name in ("ids", "positions", "slots", "contexts")}
+        count = num_rows * row_tokens
+        ids = fields["ids"].view(torch.int64)[:count].view(num_rows, row_tokens)
+        ids[:, 0].copy_(drafts.anchors[:num_rows])
+        ids[:, 1:].copy_(drafts.tokens[:num_rows, : row_tokens - 1])
+        fields["positions"].view(torch.int64)[:count].view(num_rows, row_tokens).copy_(drafts.places[:num_rows, :row_tokens])
+        fields["slots"][:count].view(num_rows, row_tokens).copy_(drafts.slots[:num_rows, :row_tokens])
+        fields["contexts"][:num_rows].copy_(drafts.places[:num_rows, 0] + row_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class Sizes:
     block: int = 16
     candidates: int = 512
     tokens: tuple[int, ...] = (1, 64, 2048)
+    few_tokens: tuple[int, ...] = (1, 16)
     requests: tuple[int, ...] = (1, 64)
     # (rows, new tokens of each, context of each)
     attention: tuple[tuple[int, int, int], ...] = field(
@@ -64,7 +65,7 @@ class Sizes:
     )
 
 
-SMALL = Sizes(64, 96, 4, 2, 16, 2, 512, 8, 4, 32, (1, 8), (1, 3), ((1, 1, 24), (4, 1, 24), (3, 4, 24), (1, 16, 16)))
+SMALL = Sizes(64, 96, 4, 2, 16, 2, 512, 8, 4, 32, (1, 8), (1, 3), (1, 3), ((1, 1, 24), (4, 1, 24), (3, 4, 24), (1, 16, 16)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ def all_cases(maker: Maker, sizes: Sizes) -> Iterator[Case]:
     """Every kernel at every shape."""
     for count in sizes.tokens:
         yield from layer_cases(maker, sizes, count)
+        yield from store_cases(maker, sizes, count)
+    for count in sizes.few_tokens:
+        yield from small_linear_cases(maker, sizes, count)
     yield tap_case(maker, sizes)
     for rows, length, context in sizes.attention:
         yield attention_case(maker, sizes, rows, length, context)
@@ -107,14 +111,12 @@ def all_cases(maker: Maker, sizes: Sizes) -> Iterator[Case]:
 
 
 def layer_cases(maker: Maker, sizes: Sizes, count: int) -> Iterator[Case]:
-    """Norm with residual, rotary with head norms, gate, KV store: what a layer does around its products."""
-    import torch
+    """Norm with residual, rotary with head norms, gate: what a layer does around its products."""
     import torch.nn.functional as F
 
-    from dspark.kernels import kv_store, rms_norm, rotary, swiglu
+    from dspark.kernels import rms_norm, rotary, swiglu
 
-    itemsize, kept = maker.dtype.itemsize, sizes.kv_heads * sizes.head_dim
-    merged = sizes.heads + 2 * sizes.kv_heads
+    itemsize, merged = maker.dtype.itemsize, sizes.heads + 2 * sizes.kv_heads
     turned = (sizes.heads + sizes.kv_heads) * sizes.head_dim
 
     def norm(seed: int) -> Calls:
@@ -136,6 +138,20 @@ def layer_cases(maker: Maker, sizes: Sizes, count: int) -> Iterator[Case]:
         x = maker.normal(seed, count, 2 * sizes.inner)
         return Calls(partial(swiglu.launch, x), partial(swiglu.reference, x))
 
+    yield Case("rms_norm + residual", f"{count} x {sizes.hidden}", 4 * count * sizes.hidden * itemsize, norm)
+    yield Case("rotary + head norms", f"{count} x {sizes.heads + sizes.kv_heads} heads", 2 * count * turned * itemsize, turn)
+    yield Case("swiglu", f"{count} x {sizes.inner}", 3 * count * sizes.inner * itemsize, gate)
+
+
+def store_cases(maker: Maker, sizes: Sizes, count: int) -> Iterator[Case]:
+    """Keys and values to their slots, alone and with the rotary in front."""
+    import torch
+
+    from dspark.kernels import kv_store, rotary
+
+    itemsize, kept = maker.dtype.itemsize, sizes.kv_heads * sizes.head_dim
+    merged = sizes.heads + 2 * sizes.kv_heads
+
     def store(seed: int) -> Calls:
         heads = maker.normal(seed, count, 2 * sizes.kv_heads, sizes.head_dim)
         key, value = heads[:, : sizes.kv_heads], heads[:, sizes.kv_heads :]
@@ -148,10 +164,43 @@ def layer_cases(maker: Maker, sizes: Sizes, count: int) -> Iterator[Case]:
 
         return Calls(partial(kv_store.launch, key, value, keys, values, slots), plain)
 
-    yield Case("rms_norm + residual", f"{count} x {sizes.hidden}", 4 * count * sizes.hidden * itemsize, norm)
-    yield Case("rotary + head norms", f"{count} x {sizes.heads + sizes.kv_heads} heads", 2 * count * turned * itemsize, turn)
-    yield Case("swiglu", f"{count} x {sizes.inner}", 3 * count * sizes.inner * itemsize, gate)
+    def turn_and_store(seed: int) -> Calls:
+        angles = maker.normal(seed, count, sizes.head_dim)
+        norms = rotary.HeadNorms(maker.normal(seed, sizes.head_dim), maker.normal(seed, sizes.head_dim), 1e-6)
+        heads = maker.normal(seed, count, merged, sizes.head_dim)
+        new = kv_store.Projected(heads, angles.cos(), angles.sin(), sizes.heads, sizes.kv_heads, norms)
+        keys, values = (torch.zeros(2 * count, sizes.kv_heads, sizes.head_dim, dtype=maker.dtype, device=maker.device) for _ in range(2))
+        slots = torch.arange(count, device=maker.device) * 2
+
+        def plain() -> None:
+            turned = rotary.reference(heads, new.cos, new.sin, sizes.heads, sizes.kv_heads, norms)
+            keys.index_copy_(0, slots, turned[:, sizes.heads :])
+            values.index_copy_(0, slots, heads[:, sizes.heads + sizes.kv_heads :])
+
+        return Calls(partial(kv_store.launch_rotating, new, keys, values, slots), plain)
+
+    yield Case("rotary + kv_store", f"{count} x {merged} heads", 2 * count * merged * sizes.head_dim * itemsize, turn_and_store)
     yield Case("kv_store", f"{count} tokens", 4 * count * kept * itemsize, store)
+
+
+def small_linear_cases(maker: Maker, sizes: Sizes, count: int) -> Iterator[Case]:
+    """The products of a layer for few tokens, with norm, gate and residual in the same launch; torch's own is the bare product."""
+    import torch.nn.functional as F
+
+    from dspark.kernels import small_linear
+
+    def make(seed: int, inputs: int, outputs: int, is_gated: bool) -> Calls:
+        x, weight = maker.normal(seed, count, inputs), maker.normal(seed + 1, outputs * (1 + is_gated), inputs) / inputs**0.5
+        norm = (maker.normal(seed, inputs), 1e-6) if is_gated else None
+        args = (x, weight, None, norm, None if is_gated else maker.normal(seed, count, outputs), is_gated)
+        return Calls(partial(small_linear.launch, *args), partial(small_linear.reference, *args), lambda: F.linear(x, weight))
+
+    hidden, inner = sizes.hidden, sizes.inner
+    for name, inputs, outputs, is_gated in (("norm, gate", hidden, inner, True), ("residual", inner, hidden, False)):
+        size = inputs * outputs * (1 + is_gated)
+        moved = (size + count * (inputs + outputs * (2 - is_gated))) * maker.dtype.itemsize
+        make_case = partial(make, inputs=inputs, outputs=outputs, is_gated=is_gated)
+        yield Case("small_linear", f"{count} x {inputs} to {outputs}, {name}", moved, make_case, num_flops=2 * count * size)
 
 
 def tap_case(maker: Maker, sizes: Sizes) -> Case:

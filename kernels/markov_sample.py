@@ -29,6 +29,7 @@ from dspark.kernels.draft_draw import draw, log_odds, truncate_law
 
 RANK_BLOCK = 16  # columns of W1 and W2 at a time: CANDIDATES x RANK_BLOCK weights are held in registers
 HIDDEN_BLOCK = 1024
+MAX_CANDIDATES = 2048  # more would not fit the registers of a program
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Block:
 
 def markov_sample(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, heads: BlockHeads, width: int) -> Block:
     """Draw x_1 .. x_n left to right, each from its own law truncated to ``width`` of its candidates."""
-    return (launch if base.is_cuda else reference)(base, candidates, hidden, rows, heads, width)
+    fits = base.is_cuda and base.shape[2] <= MAX_CANDIDATES
+    return (launch if fits else reference)(base, candidates, hidden, rows, heads, width)
 
 
 def reference(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows, heads: BlockHeads, width: int) -> Block:

@@ -261,12 +261,13 @@ def accept(
             after = tl.minimum(before * ratio, 1.0)
             shared = tl.zeros((), tl.float64)
             if j + 1 < count:
-                token = tl.load(drafts + r * LENGTH + j + 1).to(tl.int32)
-                ids = tl.load(law_ids + at + WIDTH, mask=place < WIDTH, other=0).to(tl.int32)
-                probs = tl.load(law_probs + at + WIDTH, mask=place < WIDTH, other=0.0).to(tl.float64)
-                is_law = tl.sum(tl.where(ids == token, probs, 0.0), axis=0) > 0.0
-                support = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, row + 1, logits_row, ids, probs > 0.0)
-                shared = tl.where(is_law, tl.sum(tl.minimum(after * support.to(tl.float64), probs), axis=0), 0.0)
+                next_token = tl.load(drafts + r * LENGTH + j + 1).to(tl.int32)
+                next_ids = tl.load(law_ids + at + WIDTH, mask=place < WIDTH, other=0).to(tl.int32)
+                next_probs = tl.load(law_probs + at + WIDTH, mask=place < WIDTH, other=0.0)
+                is_law = tl.sum(tl.where(next_ids == next_token, next_probs, 0.0), axis=0) > 0.0
+                support = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, row + 1, logits_row, next_ids, next_probs > 0.0)
+                overlap = tl.minimum(after * support.to(tl.float64), next_probs.to(tl.float64))
+                shared = tl.where(is_law, tl.sum(overlap, axis=0), 0.0)
             chance = (after - shared) / tl.where(after < 1.0, 1.0 - shared, 1.0)
             chance = tl.where(after < 1.0, tl.minimum(tl.maximum(chance, 0.0), 1.0), 1.0)
             if uniform(row_key(seed, base_len + j, ACCEPT, -base_len)) < chance:
@@ -343,13 +344,13 @@ def draw_residual(
         leading = tl.max(weights, axis=0)
         best = tl.min(tl.where(weights == leading, ids, size), axis=0)
         for start in range(0, size, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            inside = place < size
-            words = tl.load(marks + r * marks_row + place // 32, mask=inside, other=0)
-            target = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, place, inside)
-            weights = tl.div_rn(target * joint, exponential(key, place))
-            weights = tl.where(inside & (((words >> (place % 32)) & 1) == 0), weights, 0.0)
-            high, where = tl.max(weights, axis=0, return_indices=True)
+            chunk = start + tl.arange(0, BLOCK)
+            inside = chunk < size
+            words = tl.load(marks + r * marks_row + chunk // 32, mask=inside, other=0)
+            chunk_probs = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, chunk, inside)
+            chunk_weights = tl.div_rn(chunk_probs * joint, exponential(key, chunk))
+            chunk_weights = tl.where(inside & (((words >> (chunk % 32)) & 1) == 0), chunk_weights, 0.0)
+            high, where = tl.max(chunk_weights, axis=0, return_indices=True)
             found = start + where
             best = tl.where((high > leading) | ((high == leading) & (found < best)), found, best)
             leading = tl.maximum(leading, high)

@@ -22,6 +22,7 @@ from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.drafter.dialects import load_drafter
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.eagle3_module import Eagle3Module
+from dspark.workers.drafter.fused import fuse_layers
 from dspark.workers.drafter.graft import graft
 from dspark.workers.drafter.graph_local import GraphDrafter
 from dspark.workers.drafter.local import LocalDrafter
@@ -317,7 +318,12 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool, module: DSpa
 def _module(config: EngineConfig, target: Target) -> DSparkModule | Eagle3Module | None:
     """The module that is grafted onto the target; None where drafts come from elsewhere, or not at all."""
     name = resolve_drafter(config)
-    return None if name in ("none", "ngram") else load_drafter(Path(name), target_head(target), target.dtype, target.device)
+    if name in ("none", "ngram"):
+        return None
+    module = load_drafter(Path(name), target_head(target), target.dtype, target.device)
+    if isinstance(module, DSparkModule) and _uses_graphs(config, target):
+        fuse_layers(module)
+    return module
 
 
 def _bytes_beside_kv(target: Target, module: DSparkModule | Eagle3Module | None, is_remote: bool) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block, largest
 from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.fused import fuse_layers
 from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle
 from dspark.workers.drafter.paged_context import DraftPools, PagedContext
 
@@ -213,3 +214,23 @@ def test_training_form_of_the_head_equals_the_drawing_form() -> None:
             torch.testing.assert_close(block[:, k], head.bias(latent, None))
             some = torch.randint(0, VOCAB, (3, 5))
             torch.testing.assert_close(head.bias(latent, some), block[:, k].gather(1, some), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "attention_bias": True}])
+def test_fused_layers_draft_the_same(changes: dict[str, Any]) -> None:
+    taps, anchors = [random_taps(9, 1), random_taps(4, 2), random_taps(13, 3)], [3, 20, 7]
+    module, fused = tiny_module(5, **changes), tiny_module(5, **changes)
+    assert fuse_layers(fused)
+    wanted, found = run(module, taps, anchors), run(fused, taps, anchors)
+    assert torch.equal(found.tokens, wanted.tokens)
+    torch.testing.assert_close(found.probs, wanted.probs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.confidence, wanted.confidence, atol=1e-5, rtol=1e-4)
+    for (k, v), (fused_k, fused_v) in zip(
+        *(each.context_kv(each.project(taps[0]), torch.arange(9)) for each in (module, fused)), strict=True
+    ):
+        torch.testing.assert_close((fused_k, fused_v), (k, v), atol=1e-5, rtol=1e-4)
+
+
+def test_layers_of_another_kind_are_not_fused() -> None:
+    assert not fuse_layers(tiny_module(style=LayerStyle.GEMMA4))
+    assert not fuse_layers(tiny_module(activation="gelu"))

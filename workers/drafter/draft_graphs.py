@@ -40,6 +40,7 @@ from dspark.workers.drafter.module_config import LayerMask
 from dspark.workers.drafter.paged_context import DraftPools
 
 HOST_COPIES = 3
+HEAD_TOP_K = 512  # base logits that the sequential head works on, in one launch for the whole block
 INT64_FIELDS = ("anchors", "positions", "seeds", "base_lens", "first_rows", "drafted")
 GREEDY_WIDTH = 1  # greedy drafts ship no law: one candidate is enough
 CONTINUING = 0  # the key of such graphs beside the widths of laws
@@ -227,7 +228,7 @@ class DraftGraphs:
             longest=num_slots,
         )
         hidden = self._module.block_hidden(anchors, positions, RaggedContext(pools, batch, slots[:, :num_slots].flatten(), positions))
-        draft = draw_block(self._module, hidden, anchors, rows, width, None)
+        draft = draw_block(self._module, hidden, anchors, rows, width, max(HEAD_TOP_K, width))
         numbers = (draft.tokens, draft.confidence, draft.margin, anchors.unsqueeze(1), positions.unsqueeze(1))
         outcome = torch.cat([part.to(torch.float64) for part in numbers], dim=1)
         return GraphDraft(draft, outcome, DeviceDrafts(anchors, draft.tokens, places, slots))

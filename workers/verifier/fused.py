@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.kernels.kv_store import Projected
+from dspark.kernels.merged_linear import add_product, merge
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rotary import HeadNorms, rotate_heads
@@ -40,8 +40,8 @@ class FusedLayer(nn.Module):
         self.heads = attention.q_proj.out_features // self.head_dim
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         self.shape = AttentionShape(attention.scaling, getattr(attention, "sliding_window", _window(attention)))
-        self.qkv = _merge(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up = _merge(mlp.gate_proj, mlp.up_proj)
+        self.qkv = merge(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = merge(mlp.gate_proj, mlp.up_proj)
         self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
         self.norms = _head_norms(attention)
         # Not a rank's share, whose products are sums of several ranks; and gates without bias.
@@ -59,7 +59,7 @@ class FusedLayer(nn.Module):
         normed = rms_norm(hidden, self.input_norm.weight, self.input_norm.variance_epsilon)
         attended = self.o_proj(self._attend(normed, position_embeddings, step))
         normed, hidden = add_rms_norm(attended, hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
-        return _add_product(hidden, swiglu(F.linear(normed, *self.gate_up)), self.down_proj).unsqueeze(0)
+        return add_product(hidden, swiglu(F.linear(normed, *self.gate_up)), self.down_proj).unsqueeze(0)
 
     def has_few_rows(self, hidden: Tensor) -> bool:
         """Whether ``few_rows`` is to compute the layer."""
@@ -122,22 +122,7 @@ def _window(attention: Any) -> int | None:
     return getattr(attention.config, "sliding_window", None) if type(attention).__name__ == "MistralAttention" else None
 
 
-def _merge(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight [sum of outputs, inputs] and bias of linear layers that read the same input."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return weight, torch.cat([bias.detach() for bias in biases]) if biases else None
-
-
 def _head_norms(attention: Any) -> HeadNorms | None:
     """Qwen3 norms every query and key head."""
     query, key = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     return None if query is None or key is None else HeadNorms(query.weight, key.weight, query.variance_epsilon)
-
-
-def _add_product(hidden: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
-    """hidden + linear(x); on a GPU one launch, in place: ``hidden`` must be the caller's own."""
-    if x.is_cuda and type(linear) is nn.Linear and linear.bias is None:
-        return hidden.addmm_(x, linear.weight.t())
-    out: Tensor = hidden + linear(x)
-    return out

@@ -1,0 +1,81 @@
+"""Draft layers in few launches, for serving: merged q/k/v and gate/up, one rotary pass with the heads' norms, fused norms and gate.
+
+The same function as ``DraftLayer`` in Qwen3's arrangement, whose modules it replaces. Training keeps those.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.kernels.merged_linear import add_product, merge
+from dspark.kernels.rms_norm import add_rms_norm, rms_norm
+from dspark.kernels.rotary import HeadNorms, rotate_heads
+from dspark.kernels.swiglu import swiglu
+from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.layers import BlockContext, DraftAttention, DraftLayer
+from dspark.workers.drafter.module_config import LayerStyle
+
+
+class FusedDraftAttention(nn.Module):
+    """The projections of one layer, merged."""
+
+    def __init__(self, attention: DraftAttention, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        assert attention.v_proj is not None
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, attention.head_dim
+        self.weight, self.bias = merge(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = attention.o_proj
+        query, key = attention.q_norm, attention.k_norm
+        self.norms: HeadNorms | None = None
+        if query is not None and key is not None and query.weight is not None and key.weight is not None:
+            self.norms = HeadNorms(query.weight, key.weight, query.eps)
+
+    def keys_values(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """k and v [N, Hkv, D] of features [N, d]; cos and sin [N, 1, D]."""
+        begin = self.num_heads * self.head_dim
+        heads = F.linear(x, self.weight[begin:], None if self.bias is None else self.bias[begin:])
+        heads = heads.view(-1, 2 * self.num_kv_heads, self.head_dim)
+        cos, sin = (part.squeeze(-2) for part in cos_sin)
+        return rotate_heads(heads, cos, sin, 0, self.num_kv_heads, self.norms), heads[:, self.num_kv_heads :]
+
+    def queries_keys_values(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D], k and v [T, Hkv, D] of inputs [T, d]; cos and sin [T, D]."""
+        heads = F.linear(x, self.weight, self.bias).view(x.shape[0], -1, self.head_dim)
+        turned = rotate_heads(heads, *cos_sin, self.num_heads, self.num_kv_heads, self.norms)
+        return turned[:, : self.num_heads], turned[:, self.num_heads :], heads[:, self.num_heads + self.num_kv_heads :]
+
+
+class FusedDraftLayer(nn.Module):
+    """``DraftLayer`` [R, S, d] -> [R, S, d]; weights are merged copies of ``layer``'s."""
+
+    def __init__(self, layer: DraftLayer, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        self.index = layer.index
+        self.self_attn = FusedDraftAttention(layer.self_attn, num_heads, num_kv_heads)
+        self.gate_up, _ = merge(layer.mlp.gate_proj, layer.mlp.up_proj)
+        self.down_proj = layer.mlp.down_proj
+        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], context: BlockContext) -> Tensor:
+        """cos and sin [R, S, 1, D]."""
+        block = x.shape[:2]
+        cos, sin = (part.flatten(0, 1).squeeze(1) for part in cos_sin)
+        flat = x.flatten(0, 1)
+        normed = rms_norm(flat, cast(Tensor, self.input_norm.weight), self.input_norm.eps)
+        q, k, v = (part.view(*block, *part.shape[1:]) for part in self.self_attn.queries_keys_values(normed, (cos, sin)))
+        attended = context.attend(self.index, q, k, v).reshape(flat.shape[0], -1)
+        normed, flat = add_rms_norm(self.self_attn.o_proj(attended), flat, cast(Tensor, self.post_norm.weight), self.post_norm.eps)
+        return add_product(flat, swiglu(F.linear(normed, self.gate_up)), self.down_proj).view(x.shape)
+
+
+def fuse_layers(module: DSparkModule) -> bool:
+    """Replace a module's layers by fused ones where they are of Qwen3's kind; whether it did."""
+    config = module.config
+    if config.style is LayerStyle.GEMMA4 or config.keys_are_values or config.activation != "silu":
+        return False
+    for index, layer in enumerate(module.layers):
+        module.layers[index] = FusedDraftLayer(cast(DraftLayer, layer), config.num_heads, config.num_kv_heads)
+    return True

@@ -269,8 +269,8 @@ def _vllm(args: argparse.Namespace) -> int:
 
 
 def _inflate(args: argparse.Namespace) -> int:
-    from dspark.bench.inflate import InflatePlan, inflate
-    from dspark.bench.inflate_drafter import drafter_shape, inflate_drafter
+    from dspark.bench.inflate import InflatePlan, inflate, lay_out
+    from dspark.bench.inflate_drafter import DrafterPlan, drafter_shape, inflate_drafter
     from dspark.deploy.default_model import default_drafter
 
     drafter = args.drafter or (default_drafter() if args.model is None else None)
@@ -280,10 +280,11 @@ def _inflate(args: argparse.Namespace) -> int:
         raise ConfigError("--drafter and --small-drafter need --drafter-out, where the drafter goes")
     shape = Shape(args.hidden, args.intermediate, args.heads, args.kv_heads, args.head_dim)
     source = args.model or Path(_embedded_model())
-    layout = inflate(InflatePlan(source, args.out, shape, args.layers, args.dtype), print)
+    plan = InflatePlan(source, args.out, shape, args.layers, args.dtype)
     if drafter is not None and args.drafter_out is not None:
         own = drafter_shape(drafter, shape) if args.small_drafter else shape
-        inflate_drafter(drafter, args.drafter_out, layout, args.layers, own, args.dtype, print)
+        inflate_drafter(DrafterPlan(drafter, args.drafter_out, own, args.dtype), lay_out(plan), args.layers, print)
+    inflate(plan, print)
     return 0
 
 

@@ -58,10 +58,9 @@ class Inflated:
         return self.places.small.hidden / self.places.large.hidden
 
 
-def inflate(plan: InflatePlan, progress: Progress) -> Inflated:
+def inflate(plan: InflatePlan, progress: Progress) -> None:
     """Write the large model, a file a layer, with the source's tokenizer; ConfigError if the shape cannot hold the source."""
-    config = _read_config(plan.source)
-    layout = lay_out(plan, config)
+    layout, config = lay_out(plan), _read_config(plan.source)
     if plan.out.exists() and any(plan.out.iterdir()):
         raise ConfigError(f"--out {plan.out} is not empty")
     plan.out.mkdir(parents=True, exist_ok=True)
@@ -78,33 +77,33 @@ def inflate(plan: InflatePlan, progress: Progress) -> Inflated:
         f"wrote {plan.out}: {writer.num_parameters / 1e9:.2f} billion parameters ({writer.num_zeros / writer.num_parameters:.1%} zero),"
         f" {writer.num_bytes / 1e9:.2f} GB in {time.perf_counter() - begin:.0f} s"
     )
-    return layout
 
 
-def lay_out(plan: InflatePlan, config: Mapping[str, Any]) -> Inflated:
+def lay_out(plan: InflatePlan) -> Inflated:
     """Where the source goes; ConfigError names what does not fit or is not supported."""
+    config = _read_config(plan.source)
     if config.get("model_type") != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
         raise ConfigError(f"{plan.source}: only Llama models without biases can be inflated, not {config.get('model_type')!r}")
     small, large = shape_of(config), plan.shape
-    check_fits(small, large)
+    check_fits(small, large, config)
     if large.hidden % large.heads:
         raise ConfigError(f"hidden {large.hidden} is no multiple of heads {large.heads}, which transformers wants of a Llama model")
-    rope = str((config.get("rope_parameters") or {}).get("rope_type", "default"))
-    if large.head_dim != small.head_dim and rope not in FREQUENCY_TYPES:
-        raise ConfigError(f"{plan.source}: head_dim cannot grow with rotary type {rope!r}; keep --head-dim {small.head_dim}")
     count = int(config["num_hidden_layers"])
     if plan.layers < count:
         raise ConfigError(f"--layers {plan.layers} is under the source's {count}")
     return Inflated(Places(small, large), tuple(layer * plan.layers // count for layer in range(count)))
 
 
-def check_fits(small: Shape, large: Shape) -> None:
-    """ConfigError names the size that cannot hold the source."""
+def check_fits(small: Shape, large: Shape, config: Mapping[str, Any]) -> None:
+    """ConfigError names the size that cannot hold the source, whose configuration is ``config``."""
     for name in ("hidden", "intermediate", "kv_heads", "group", "head_dim"):
         if getattr(large, name) < getattr(small, name):
             raise ConfigError(f"{name} {getattr(large, name)} is under the source's {getattr(small, name)}")
     if large.head_dim % small.head_dim or large.heads % large.kv_heads:
         raise ConfigError(f"head_dim must be a multiple of the source's {small.head_dim}, and heads a multiple of kv_heads")
+    rope = str((config.get("rope_parameters") or {}).get("rope_type", "default"))
+    if large.head_dim != small.head_dim and rope not in FREQUENCY_TYPES:
+        raise ConfigError(f"head_dim cannot grow with rotary type {rope!r}; keep {small.head_dim}")
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
@@ -241,4 +240,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
+    if "model.embed_tokens.weight" not in tensors:
+        raise ConfigError(f"{folder} has no safetensors with model.embed_tokens.weight")
     return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,26 +29,37 @@ COPIED = ("calibration.json", "draft_vocabulary.json")
 TAPS = "target_layer_ids"
 
 
-def inflate_drafter(source: Path, out: Path, target: Inflated, num_layers: int, shape: Shape, dtype: str, progress: Progress) -> None:
-    """Write the drafter of ``source`` for an inflated target of ``num_layers``, its own layers in ``shape``.
+@dataclass(frozen=True, slots=True)
+class DrafterPlan:
+    """What to make of the drafter in ``source``; ``shape`` is that of its own layers."""
 
-    ConfigError if it is no drafter of DeepSpec's dialect with a plain Markov head, or ``shape`` cannot hold it.
+    source: Path
+    out: Path
+    shape: Shape
+    dtype: str
+    seed: int = 1
+
+
+def inflate_drafter(plan: DrafterPlan, target: Inflated, num_layers: int, progress: Progress) -> None:
+    """Write the drafter for an inflated target of ``num_layers``.
+
+    ConfigError if it is no drafter of DeepSpec's dialect with a plain Markov head, or the shape cannot hold it.
     """
     import torch
 
     from dspark.workers.drafter import checkpoint
 
-    config = checkpoint.read_config(source)
-    _check(source, config, target)
-    tensors = checkpoint.read_tensors(source, torch.float32, torch.device("cpu"))
-    layout = Inflated(Places(shape_of(config), shape), target.layer_of)
-    check_fits(layout.places.small, shape)
-    wide = _wide_tensors(layout, make_widener(dtype, seed=1), tensors, len(config[TAPS]), int(config["num_hidden_layers"]))
-    checkpoint.write(out, _wide_config(config, layout, num_layers, dtype), {name: tensor.cpu() for name, tensor in wide.items()})
+    config = checkpoint.read_config(plan.source)
+    _check(plan.source, config, target)
+    layout = Inflated(Places(shape_of(config), plan.shape), target.layer_of)
+    check_fits(layout.places.small, plan.shape, config)
+    tensors = checkpoint.read_tensors(plan.source, torch.float32, torch.device("cpu"))
+    wide = _wide_tensors(layout, make_widener(plan.dtype, plan.seed), tensors, len(config[TAPS]), int(config["num_hidden_layers"]))
+    checkpoint.write(plan.out, _wide_config(config, layout, num_layers, plan.dtype), {name: tensor.cpu() for name, tensor in wide.items()})
     for name in COPIED:
-        if (source / name).is_file():
-            shutil.copy(source / name, out / name)
-    progress(f"wrote {out}: a drafter of {sum(tensor.numel() for tensor in wide.values()) / 1e9:.2f} billion parameters")
+        if (plan.source / name).is_file():
+            shutil.copy(plan.source / name, plan.out / name)
+    progress(f"wrote {plan.out}: a drafter of {sum(tensor.numel() for tensor in wide.values()) / 1e9:.2f} billion parameters")
 
 
 def drafter_shape(source: Path, large: Shape) -> Shape:

@@ -26,8 +26,8 @@ IDLE = {
 }
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
-_ATTENTION = re.compile(r"attn|attention|fmha|flash|sdpa", re.IGNORECASE)
-_GEMM = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|linear|(?:^|[^a-z])(?:add|b|badd)?mm(?:$|[^a-z])", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention|fmha|flash|sdpa|^attend|^combine|^store_kv", re.IGNORECASE)
+_GEMM = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|linear|^multiply|(?:^|[^a-z])(?:add|b|badd)?mm(?:$|[^a-z])", re.IGNORECASE)
 GRAPH_RECORDS = 8  # more records than one call launches by itself
 _REDUCTION = re.compile(r"reduce", re.IGNORECASE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,19 @@ def test_shapes_that_cannot_hold_the_source_are_refused(source: Path, tmp_path: 
         inflate(InflatePlan(source, tmp_path / "out", Shape(**sizes), 5, "float32"), print)
     with pytest.raises(ConfigError, match="--layers 1 is under"):
         inflate(InflatePlan(source, tmp_path / "out", Shape(192, 288, 12, 4, 32), 1, "float32"), print)
+
+
+def test_a_drafter_of_another_target_is_refused_before_anything_is_written(source: Path, drafter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(drafter, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_target_layers": 3}))
+    places = ["--model", str(source), "--out", str(tmp_path / "out"), "--drafter", str(other), "--drafter-out", str(tmp_path / "graft")]
+    with pytest.raises(ConfigError, match="was made for another target"):
+        main(["inflate", *places, *FLAGS, "--dtype", "float32"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="--drafter-out needs --drafter"):
+        main(["inflate", "--model", str(source), "--out", str(tmp_path / "out"), "--drafter-out", str(tmp_path / "graft")])
 
 
 def test_nothing_is_overwritten(source: Path, large: dict[str, Path]) -> None:

@@ -35,7 +35,7 @@ def kernel(correlation: int, name: str, ts: float, dur: float) -> Event:
 
 def gpu_step(at: float, order: int) -> list[Event]:
     """A step of 100 us: 5 us of planning, a graph of the forward, a judge, and a draft whose kernel outlasts its host work."""
-    layers = [("nvjet_hsh_128x64", 10.0), ("_paged_attention_kernel", 5.0), ("_rms_norm_kernel", 2.0)] * 3
+    layers = [("nvjet_hsh_128x64", 10.0), ("attend", 5.0), ("_rms_norm_kernel", 2.0)] * 3
     graph, begin = [], at + 12.0
     for name, dur in [*layers, ("sm90_xmma_gemm_head", 8.0), ("splitKreduce_kernel", 1.0)]:
         graph.append(kernel(order, name, begin, dur))

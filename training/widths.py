@@ -84,8 +84,7 @@ def _logits(module: Module, drafted: Drafted) -> Tensor:
     logits = module.base_logits(drafted.hidden).float()
     if drafted.latents is None or drafted.w2 is None:
         return logits
-    w2 = drafted.w2 if module.draft_target_ids is None else drafted.w2[module.draft_target_ids]
-    return logits + drafted.latents.float() @ w2.float().T
+    return logits + drafted.latents.float() @ drafted.w2.float().T
 
 
 def _target_law(hidden: Tensor, head: TargetHead) -> Tensor:

@@ -27,14 +27,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize("size", [None, 264])
 @pytest.mark.parametrize("kind", ["dspark", "eagle3"])
-def test_wider_laws_are_accepted_more(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_laws_are_accepted_more(folder: Path, kind: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "WIDTHS", (1, 2, 8, 64))
-    config = run_config(folder, kind, {"kind": kind}, max_steps=25, held_out=3).model_copy(update={"data_folder": folder / "sampled"})
+    drafter = {"kind": kind, "draft_vocab_size": size}
+    config = run_config(folder, f"{kind}-{size}", drafter, max_steps=25, held_out=3).model_copy(update={"data_folder": folder / "sampled"})
     assert train(config, lambda _: None)
     said: list[str] = []
     rows = measure_widths(config, said.append)
-    assert [row["width"] for row in rows] == [1, 2, 8, 64, 265]
+    assert [row["width"] for row in rows] == [1, 2, 8, 64, size or 265]
     assert json.loads((config.out / room.RESULTS).read_text()) == rows
     assert said[-1].count("\n") == 6
     metrics = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from dspark.errors import ConfigError
 from dspark.training import checkpoints
 from dspark.training.config import TrainConfig
-from dspark.training.files import write_json
+from dspark.training.files import cannot_write, write_json
 from dspark.training.model import Module, module_config, new_module
 from dspark.training.shards import Corpus, read_corpus
 from dspark.training.target import load_target
@@ -37,10 +38,11 @@ def export(config: TrainConfig, progress: Progress) -> None:
 
 
 def export_module(config: TrainConfig, module: Module, corpus: Corpus, target: Target) -> None:
-    """Write a drafter folder, replacing an older one only when the new one is whole."""
+    """Write a drafter folder, replacing an older one only when the new one is whole. ConfigError if the disk refuses."""
     folder = config.drafter_folder
-    making = folder.with_name(f".{folder.name}.making")
+    making, before = (folder.with_name(f".{folder.name}.{state}") for state in ("making", "before"))
     shutil.rmtree(making, ignore_errors=True)
+    shutil.rmtree(before, ignore_errors=True)
     try:
         rounded = copy.deepcopy(module).to(target.dtype)
         size = config.drafter.draft_vocab_size
@@ -52,11 +54,12 @@ def export_module(config: TrainConfig, module: Module, corpus: Corpus, target: T
         if not isinstance(rounded, Eagle3Module) and frequent is not None:
             write_json(making / VOCABULARY_FILE, {"token_ids": frequent}, indent=None)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(before)
         making.rename(folder)
-    except OSError as error:
+        shutil.rmtree(before, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(making, ignore_errors=True)
-        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise cannot_write(folder, error) from error
 
 
 def frequent_tokens(corpus: Corpus, count: int, vocab_size: int) -> list[int]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dspark.errors import ConfigError
 
 
@@ -20,9 +22,15 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with making.open("rb") as stream:
             os.fsync(stream.fileno())
         making.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         making.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError | SafetensorError) -> ConfigError:
+    """What to tell whoever owns the disk; safetensors has its own name for what the system refused."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    return ConfigError(f"cannot write {path}: {reason or error}")
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
@@ -52,7 +60,7 @@ def append_line(path: Path, value: Any) -> None:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(value) + "\n")
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
 
 
 def _put_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.full_disk import files_of_at_most
 from safetensors.numpy import load_file
 
 from dspark.errors import ConfigError
@@ -61,6 +62,14 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path: Path, monkeypatch: pyte
         write_shard(tmp_path, 0, [TWO], 300)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-00000.safetensors"]
     assert read_corpus(tmp_path).sample(0).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_shard(tmp_path: Path) -> None:
+    """safetensors raises an error of its own."""
+    write_shard(tmp_path, 0, [ONE], 300)
+    with files_of_at_most(4096), pytest.raises(ConfigError, match=r"cannot write .*shard-00001.*File too large"):
+        write_shard(tmp_path, 1, [Sample([1] * 4000, [2] * 4000, 0.0, 5)], 300)
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
 
 
 def test_what_a_killed_process_left_is_not_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.full_disk import files_of_at_most
 from helpers.training_runs import BLOCK, make_run, run_config
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from dspark.errors import ConfigError
 from dspark.training import metrics as metrics_module
 from dspark.training import trainer as trainer_module
 from dspark.training.config import TrainConfig
+from dspark.training.export import export
 from dspark.training.metrics import METRICS, Metrics
 from dspark.training.target import load_target
 from dspark.training.trainer import Trainer, train
@@ -144,6 +146,20 @@ def test_settings_that_do_not_fit_the_target(folder: Path, drafter: dict[str, An
     config = run_config(folder, "wrong", drafter, **SHORT)
     with pytest.raises(ConfigError, match=message):
         train(config, lambda _: None)
+
+
+def test_a_full_disk_leaves_the_drafter_before(folder: Path) -> None:
+    config = run_config(folder, "full", **(SHORT | {"max_steps": 1}))
+    assert train(config, lambda _: None)
+    before = weights(config)
+    longer = config.model_copy(update={"trainer": config.trainer.model_copy(update={"max_steps": 2})})
+    assert train(longer, lambda _: None)
+    assert not same(before, weights(config))
+    before = weights(config)
+    with files_of_at_most(4096), pytest.raises(ConfigError, match=r"cannot write .*drafter.*File too large"):
+        export(config, lambda _: None)
+    assert same(before, weights(config))
+    assert not [path.name for path in config.out.iterdir() if path.name.startswith(".")]
 
 
 def test_without_data_there_is_nothing_to_train_on(folder: Path) -> None:

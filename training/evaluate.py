@@ -31,7 +31,7 @@ SPARSE = 0.95  # tokens a round are fewer than the acceptance length by more tha
 
 @dataclass(frozen=True, slots=True)
 class _Cell:
-    """One number of the table. ``identity`` names everything that it hangs on."""
+    """One number of the table, to be measured; ``identity`` names everything that it hangs on."""
 
     drafter: str
     set_name: str
@@ -58,7 +58,8 @@ def measure(config: TrainConfig, names: Sequence[str], path: Path, progress: Pro
     settings = config.evaluate
     target, tokenizer = load_target(config)
     prompts = _prompt_sets(settings, tokenizer)
-    cells = list(_cells(names, prompts, settings, fingerprint(target)))
+    # On a CPU drafters may draw from fewer tokens, so the device is part of what was measured.
+    cells = list(_cells(names, prompts, settings, f"{fingerprint(target)} {target.dtype} {target.device.type}"))
     found = _measured_before(path, cells)
     for name in dict.fromkeys(names):
         engine: Engine | None = None
@@ -137,12 +138,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     sets = list(dict.fromkeys(row["set"] for row in results))
     cells = [["drafter", "T", *sets], ["---"] * (len(sets) + 2)]
     for name, heat in dict.fromkeys((row["drafter"], row["temperature"]) for row in results):
-        found = {row["set"]: _cell(row) for row in results if (row["drafter"], row["temperature"]) == (name, heat)}
+        found = {row["set"]: _shown(row) for row in results if (row["drafter"], row["temperature"]) == (name, heat)}
         cells.append([_label(name), f"{heat:g}", *(found.get(one, "-") for one in sets)])
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _shown(row: dict[str, Any]) -> str:
     length, mean = row["acceptance_length"], row["tokens_a_round"]
     return f"{length:.2f} ({mean:.2f})" if mean < SPARSE * length else f"{length:.2f}"
 

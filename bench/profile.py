@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dspark import SamplingParams
+from dspark.bench.kernel_cases import Maker
+from dspark.bench.kernel_time import GraphTimer, PlainTimer, ceilings
 from dspark.bench.machine import describe_machine, source_commit
-from dspark.bench.metrics import median
 from dspark.bench.modes import BenchMode
 from dspark.bench.profile_trace import DRAFT, JUDGE, PLAN, STEP, Parts, read_parts
 from dspark.bench.prompt_sets import load_set, take
@@ -26,10 +27,13 @@ from dspark.errors import ConfigError
 from dspark.types import Request
 
 if TYPE_CHECKING:
+    import torch
+
     from dspark import LLM
     from dspark.workers.verifier.engine import Engine
 
 WARM_UP_STEPS = 8
+CEILING_REPEATS = 5
 COLUMNS = [
     Column("part", 32, is_text=True),
     Column("ms/step", 8),
@@ -98,21 +102,21 @@ def run_profile(plan: ProfilePlan, llm: LLM, encode: Callable[[str], list[int]],
     _fill(engine, plan, encode)
     load = _timed(engine, plan.steps)
     parts = _profiled(engine, plan.steps)
-    ceilings = measure_ceilings(engine.target.device, engine.target.dtype)
-    limits = limits_of(engine, load, ceilings)
+    ceiling = measure_ceilings(engine.target.device, engine.target.dtype)
+    limits = limits_of(engine, load, ceiling)
     print(f"{describe_machine(plan.dtype)}; commit {source_commit()}; {plan.mode.label}, {plan.concurrency} streams, {plan.steps} steps")
     print(
         f"a step: {load.tokens:.1f} tokens, {load.rows:.1f} rows, {load.context:.0f} positions of context;"
-        f" copy {ceilings.bytes_per_s / 1e12:.3f} TB/s, matrix product {ceilings.flop_per_s / 1e12:.1f} TFLOP/s\n"
+        f" copy {ceiling.bytes_per_s / 1e12:.3f} TB/s, matrix product {ceiling.flop_per_s / 1e12:.1f} TFLOP/s\n"
     )
-    record = as_record(plan, parts, limits, load, ceilings)
+    record = as_record(plan, parts, limits, load, ceiling)
     print_parts(record)
     if out is not None:
         print(json.dumps(record), file=out, flush=True)
     return record
 
 
-def as_record(plan: ProfilePlan, parts: Parts, limits: Mapping[str, float], load: Load, ceilings: Ceilings) -> dict[str, Any]:
+def as_record(plan: ProfilePlan, parts: Parts, limits: Mapping[str, float], load: Load, ceiling: Ceilings) -> dict[str, Any]:
     """One line of a result file; times are milliseconds a step."""
     busy = {part: us / parts.steps / 1e3 for part, us in parts.busy.items()}
     idle = {part: us / parts.steps / 1e3 for part, us in parts.idle.items()}
@@ -130,8 +134,8 @@ def as_record(plan: ProfilePlan, parts: Parts, limits: Mapping[str, float], load
         "tokens": round(load.tokens, 2),
         "rows": round(load.rows, 2),
         "context": round(load.context, 1),
-        "copy_bytes_per_s": round(ceilings.bytes_per_s),
-        "flop_per_s": round(ceilings.flop_per_s),
+        "copy_bytes_per_s": round(ceiling.bytes_per_s),
+        "flop_per_s": round(ceiling.flop_per_s),
         "machine": describe_machine(plan.dtype),
         "commit": source_commit(),
     }
@@ -152,7 +156,7 @@ def print_parts(record: Mapping[str, Any]) -> None:
     print(f"largest gap to the limit: {worst}, {over[worst]:.3f} ms of {record['parts_ms'][worst]:.3f} ms a step")
 
 
-def limits_of(engine: Engine, load: Load, ceilings: Ceilings) -> dict[str, float]:
+def limits_of(engine: Engine, load: Load, ceiling: Ceilings) -> dict[str, float]:
     """Seconds that the parts of a mean step take at least."""
     target, drafter = engine.target, engine.drafter
     model: Any = target.model
@@ -160,12 +164,12 @@ def limits_of(engine: Engine, load: Load, ceilings: Ceilings) -> dict[str, float
     layers = target.num_parameters - head.numel() - (0 if embedding is head else embedding.numel())
 
     def product(count: int, rows: float) -> float:
-        return max(count * target.dtype.itemsize / ceilings.bytes_per_s, 2.0 * count * rows / ceilings.flop_per_s)
+        return max(count * target.dtype.itemsize / ceiling.bytes_per_s, 2.0 * count * rows / ceiling.flop_per_s)
 
     limits = {
         "GEMM": product(layers, load.tokens),
         "head": product(head.numel(), load.tokens),
-        "attention": load.context * target.kv_bytes_per_token / ceilings.bytes_per_s,
+        "attention": load.context * target.kv_bytes_per_token / ceiling.bytes_per_s,
     }
     module: Any = getattr(drafter, "module", None)
     if module is not None and load.tokens > load.rows:  # it drafted
@@ -174,32 +178,11 @@ def limits_of(engine: Engine, load: Load, ceilings: Ceilings) -> dict[str, float
     return limits
 
 
-def measure_ceilings(device: Any, dtype: Any) -> Ceilings:
-    """A large copy and a large matrix product, the best of several: what the parts are held against."""
-    import torch
-
-    on_gpu = device.type == "cuda"
-    size, side = (2**30, 8192) if on_gpu else (2**27, 1024)
-    source = torch.ones(size // 4, dtype=torch.float32, device=device)
-    copy = torch.empty_like(source)
-    left = torch.randn(side, side, device=device).to(dtype)
-    product = torch.empty_like(left)
-    copied_s = _best_seconds(device, lambda: copy.copy_(source))
-    product_s = _best_seconds(device, lambda: torch.mm(left, left, out=product))
-    return Ceilings(2 * size / copied_s, 2 * side**3 / product_s)
-
-
-def _best_seconds(device: Any, run: Callable[[], object]) -> float:
-    run()
-    seconds = []
-    for _ in range(10):
-        _synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(4):
-            run()
-        _synchronize(device)
-        seconds.append((time.perf_counter() - begin) / 4)
-    return median(seconds)
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """What the parts are held against, as ``dspark bench kernels`` measures it."""
+    is_cuda = device.type == "cuda"
+    timer = GraphTimer(CEILING_REPEATS) if is_cuda else PlainTimer(CEILING_REPEATS)
+    return Ceilings(*ceilings(Maker(device, dtype), timer, is_cuda))
 
 
 def _synchronize(device: Any) -> None:

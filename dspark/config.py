@@ -31,9 +31,11 @@ class EngineConfig(BaseModel):
     kv_tokens: int | None = Field(default=None, ge=64, description="KV pool size in tokens; None: from free memory")
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="requests that run at once")
     max_queued: int = Field(default=256, ge=0, description="requests that wait; more are refused as overload")
-    max_batch_tokens: int = Field(default=512, ge=16, le=65536, description="tokens of one step, drafted ones included")
+    max_batch_tokens: int | None = Field(
+        default=None, ge=16, le=65536, description="tokens of one step, drafted ones included; None: 512 on a CPU, 2048 on a GPU"
+    )
     graph_tokens: int = Field(
-        default=512, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
+        default=1024, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
     )
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
     draft_law_width: int = Field(default=256, ge=1, description="support of the draft law under the ratio rule")
@@ -65,6 +67,10 @@ class EngineConfig(BaseModel):
     def num_ranks(self) -> int:
         """Processes that one engine runs in."""
         return self.tensor_parallel * self.expert_parallel
+
+    def step_tokens(self, on_gpu: bool) -> int:
+        """Tokens that a step may hold: at least one for every request that runs."""
+        return max(self.max_batch_tokens or (2048 if on_gpu else 512), self.max_num_seqs)
 
     @field_validator("speculation", mode="before")
     @classmethod

@@ -144,7 +144,7 @@ def assemble(
     driver = ("overlapped" if target.device.type == "cuda" else "plain") if config.driver == "auto" else config.driver
     options = EngineOptions(
         max_model_len=max_model_len,
-        limits=Limits(config.max_num_seqs, max(config.max_batch_tokens, config.max_num_seqs), config.prefix_cache),
+        limits=Limits(config.max_num_seqs, config.step_tokens(target.device.type == "cuda"), config.prefix_cache),
         max_queued=config.max_queued,
         speculation=Speculation.parse(config.speculation),
         auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter) and not isinstance(drafter, GraphDrafter),
@@ -339,7 +339,7 @@ def _kv_tokens(config: EngineConfig, target: Target, bytes_per_token: int) -> in
         return target.ranks.agree_on_kv(target)
     if target.device.type != "cuda":
         return kv_capacity(config.kv_tokens, target)
-    probe, steps = CudaMemory(target.device), max(config.max_batch_tokens, config.max_num_seqs)
+    probe, steps = CudaMemory(target.device), config.step_tokens(True)
     reserve = measure_reserve(target, probe, steps, min(config.graph_tokens, steps), bytes_per_token)
     torch.cuda.empty_cache()
     return kv_capacity(config.kv_tokens, target, reserve=reserve, probe=probe)

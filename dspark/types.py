@@ -199,7 +199,7 @@ class DraftTree:
 
     @property
     def is_chain(self) -> bool:
-        return all(parent == i - 1 for i, parent in enumerate(self.parents))
+        return self.parents == _chain_parents(len(self.parents))
 
 
 @dataclass(frozen=True, slots=True)

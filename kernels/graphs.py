@@ -6,7 +6,9 @@ tensors that every replay writes again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import torch
@@ -26,32 +28,48 @@ def plain_calls(run: Callable[[], Output]) -> Callable[[], Output]:
     return run
 
 
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Without garbage collection: a capture must not meet the end of something that belongs to CUDA."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class CudaGraphs:
     """Captures with one memory pool for all graphs, which must never run at the same time. Capture the largest first.
 
-    What cannot be captured is called launch by launch, and ``warn`` is told once.
+    What cannot be captured is called launch by launch, and ``warn`` is told once. Capture inside ``nothing_collected``.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
         self._warn = warn
         self.has_failed = False
 
     def __call__(self, run: Callable[[], Output]) -> Callable[[], Output]:
         run()  # compiles kernels and lets libraries choose theirs, which a capture may not
         torch.cuda.synchronize()
-        stream = torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                output = run()
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool)
+                try:
+                    output = run()
+                finally:
+                    graph.capture_end()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             if not self.has_failed:
                 self._warn(f"WARNING: steps run without CUDA graphs, which is much slower: {error}")
             self.has_failed = True
-            torch.cuda.set_stream(stream)  # a capture that fails may leave its own in place
             return run
 
         def replay() -> Output:

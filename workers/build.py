@@ -157,7 +157,10 @@ def assemble(
         raise ConfigError(f"kv_tokens {kv_tokens} do not fit on {target.device}: lower kv_tokens or max_batch_tokens") from error
     engine.runner.prepare(progress)
     if isinstance(drafter, GraphDrafter) and options.graphs is not None:
-        drafter.prepare(options.graphs.capture, engine.runner.step_tokens)
+        try:
+            drafter.prepare(options.graphs.capture, engine.runner.step_tokens)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"too little memory is left on {target.device} for the drafter's graphs: lower kv_tokens") from error
     _check_drafter(engine, tokenizer, drafter_name, progress)
     survival = _survival(config, drafter, drafter_name)
     engine.drafts.survival = make_estimator(survival, drafter.block_size, drafter.signals)
@@ -250,6 +253,7 @@ def _fingerprint(engine: Engine, config: EngineConfig, drafter_name: str) -> str
         "threads": torch.get_num_threads(),
         "ranks": [config.tensor_parallel, config.expert_parallel],
         "drafter": [Path(drafter_name).name, drafter.block_size, getattr(getattr(drafter, "module", None), "config", None)],
+        "graphs": 0 if engine.options.graphs is None else engine.options.graphs.max_tokens,
         "limits": [engine.options.limits.max_num_seqs, engine.options.limits.max_batch_tokens, config.draft_law_width],
     }
     return fingerprint(facts)

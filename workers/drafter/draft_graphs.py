@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.buckets import graph_sizes
-from dspark.kernels.graphs import Capture
+from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.kv_store import store_kv
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
@@ -127,11 +127,13 @@ class DraftGraphs:
     @torch.inference_mode()
     def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor]) -> None:
         """Capture all sizes, the largest first. ``step_tokens``: where steps of the target leave ``own`` and ``matched``."""
-        for size in self._sizes[::-1]:
-            self._send(size, [], np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-            for width in self._widths:
-                self._replays[size, width] = capture(self._program(size, width))
-            self._replays[size, CONTINUING] = capture(self._continuing(size, *step_tokens))
+        empty = np.empty(0, dtype=np.int64)
+        with nothing_collected():
+            for size in self._sizes[::-1]:
+                self._send(size, [], empty, empty)
+                for width in self._widths:
+                    self._replays[size, width] = capture(self._program(size, width))
+                self._replays[size, CONTINUING] = capture(self._continuing(size, *step_tokens))
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[DraftRow]) -> tuple[GraphDraft, Outcome]:

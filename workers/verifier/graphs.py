@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dspark.errors import ConfigError
-from dspark.kernels.graphs import Capture
+from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.small_linear import MAX_ROWS
 from dspark.kernels.top import first_argmax
 from dspark.types import DeviceDrafts
@@ -84,16 +84,17 @@ class GraphForward(Forward):
         """Capture all sizes, the largest first so that the others fit into its memory. ConfigError if the device has too little."""
         sizes = self.sizes.tokens[::-1]
         begin = shown_s = time.perf_counter()
-        for done, size in enumerate(sizes):
-            if time.perf_counter() - shown_s > SHOW_EVERY_S:
-                shown_s = time.perf_counter()
-                progress(f"capturing graphs: {done} of {len(sizes)} sizes")
-            try:
-                self._replays[size] = self._captured(size)
-            except torch.OutOfMemoryError as error:
-                raise ConfigError(
-                    f"{self.target.device} has too little memory left for the graph of {size} tokens: lower kv_tokens or graph_tokens"
-                ) from error
+        with nothing_collected():
+            for done, size in enumerate(sizes):
+                if time.perf_counter() - shown_s > SHOW_EVERY_S:
+                    shown_s = time.perf_counter()
+                    progress(f"capturing graphs: {done} of {len(sizes)} sizes")
+                try:
+                    self._replays[size] = self._captured(size)
+                except torch.OutOfMemoryError as error:
+                    raise ConfigError(
+                        f"{self.target.device} has too little memory left for the graph of {size} tokens: lower kv_tokens or graph_tokens"
+                    ) from error
         progress(f"captured graphs of {len(sizes)} sizes up to {sizes[0]} tokens in {time.perf_counter() - begin:.1f} s")
 
     @torch.inference_mode()

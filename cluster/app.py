@@ -20,6 +20,7 @@ from dspark.errors import ConfigError
 
 APP_NAME = "dspark"
 FAR_OUT = 100_000  # Serve's own limits: our admission decides long before they are reached
+HEALTH_TIMEOUT_S = 10.0  # three of these in a row, and Serve replaces a process that stands still
 LEEWAY_S = 30.0  # between the end of our drain and Serve's kill
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
@@ -79,6 +80,7 @@ def _deployment(replica: type, name: str, places: Mapping[str, Any], gpus: float
         max_ongoing_requests=FAR_OUT,
         max_queued_requests=-1,
         health_check_period_s=5.0,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         logging_config=QUIET,
         **places,
     )(replica)

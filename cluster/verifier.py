@@ -31,6 +31,7 @@ from dspark.cluster.ranks import ActorLauncher
 from dspark.cluster.secure import tls_files
 from dspark.config import EngineConfig, ServeConfig
 from dspark.errors import DSparkError, WorkerLost
+from dspark.kv_blocks import KVExchange
 from dspark.router.drafters import assign_by_load
 from dspark.workers.wire.codec import PROTOCOL
 from dspark.workers.wire.link import Host
@@ -63,6 +64,7 @@ class Ready:
     model: str
     max_model_len: int
     described: dict[str, Any]
+    exchange: KVExchange | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ def load_verifier(config: EngineConfig, progress: Callable[[str], None], draftin
     from dspark.workers.disaggregated import RemoteDrafting, load_remote_engine
     from dspark.workers.own_thread import call_in_own_thread
     from dspark.workers.verifier.host import EngineHost
+    from dspark.workers.verifier.kv_exchange import EngineExchange
     from dspark.workers.wire.draft_client import grpc_sessions
 
     launcher = ActorLauncher() if config.num_ranks > 1 else None
@@ -97,7 +100,11 @@ def load_verifier(config: EngineConfig, progress: Callable[[str], None], draftin
         return load_remote_engine(config, remote, progress, launcher)
 
     loaded = call_in_own_thread(load)
-    return Ready(EngineHost(loaded.engine), loaded.model_name, loaded.engine.options.max_model_len, loaded.describe)
+    host = EngineHost(loaded.engine)
+    ready = Ready(host, loaded.model_name, loaded.engine.options.max_model_len, loaded.describe)
+    identity = f"{fingerprint_of(ready)} {loaded.describe['drafter']}"
+    ranks = (config.tensor_parallel, config.expert_parallel)
+    return dataclasses.replace(ready, exchange=EngineExchange(loaded.engine, identity, ranks, host.between_steps))
 
 
 class Verifier:
@@ -126,7 +133,7 @@ class Verifier:
         self._ready.host.start()
         self._token = secrets.token_hex(32)
         self._fingerprint = fingerprint_of(self._ready)
-        self._server = WireServer(self._ready.host, replica_id, self._fingerprint, self._token, tls)
+        self._server = WireServer(self._ready.host, replica_id, self._fingerprint, self._token, tls, self._ready.exchange)
         address = await self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._facts = ReplicaFacts(
             replica_id, address, self._token, self._fingerprint, self._ready.model, self._ready.max_model_len, self._ready.described

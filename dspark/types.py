@@ -85,6 +85,15 @@ class LatencyBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class KVSource:
+    """A verifier that another one may fetch KV from, and the secret that opens it."""
+
+    replica_id: str
+    address: str
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate (n = 1; ``SamplingParams.child`` makes the others).
 
@@ -104,6 +113,7 @@ class Request:
     noise_seed: int = field(default_factory=lambda: secrets.randbits(63))
     num_prompt_tokens: int = 0
     service_class: str = ""  # the class that its latency budget comes from, for metrics; empty: none
+    kv_source: KVSource | None = None  # a verifier that holds KV of its tokens
 
     def __post_init__(self) -> None:
         if self.sampling.seed is not None:

@@ -59,24 +59,28 @@ class BlockPool:
 
     def count_hits(self, hashes: Sequence[bytes]) -> int:
         """How many leading blocks of a prefix are cached."""
-        hits = 0
+        return len(self.find(hashes))
+
+    def find(self, hashes: Sequence[bytes]) -> list[int]:
+        """The leading blocks of a prefix that are cached, in order."""
+        blocks: list[int] = []
         for digest in hashes:
-            if digest not in self._block_of:
+            block = self._block_of.get(digest)
+            if block is None:
                 break
-            hits += 1
-        return hits
+            blocks.append(block)
+        return blocks
 
     def open(self, request_id: str, hashes: Sequence[bytes]) -> int:
         """Begin a table that shares the cached leading blocks; returns how many blocks were found."""
         assert request_id not in self._tables, f"{request_id} is open already"
-        hits = self.count_hits(hashes)
-        blocks = [self._block_of[digest] for digest in hashes[:hits]]
+        blocks = self.find(hashes)
         for block in blocks:
             if self._refs[block] == 0:
                 del self._idle[block]
             self._refs[block] += 1
         self._tables[request_id] = array("i", blocks)
-        return hits
+        return len(blocks)
 
     def grow(self, request_id: str, num_tokens: int) -> bool:
         """Make room for ``num_tokens`` positions; False, with nothing changed, if the pool cannot."""

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 NUM_STREAMS, LENGTH = 16, 250
 SLOW_S = 3.0  # of stopping and going on
-BACK_S = 180.0  # for Serve to find a stopped process, to kill it, and to start another one
+BACK_S = 300.0  # for Serve to find a stopped process, to kill it, and to start another one
 SETTINGS = [
     *("--topology", "disaggregated", "--verifiers", "2", "--draft-workers", "2", "-tp", "2", "--draft-kv-tokens", "8192"),
     *("--dtype", "float32", "--kv-tokens", "16384", "--no-profile", "--speculation", "static:2", "--threads", "1", "--drain-s", "30"),

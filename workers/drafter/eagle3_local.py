@@ -44,6 +44,9 @@ class Eagle3Drafter(GraftedDrafter[Eagle3Module]):
         """Draft up to ``want[id]`` tokens for every request that has a turn and a feature before its anchor."""
         return super().collect({name: count for name, count in want.items() if self._can_draft(name)}, wait_s)
 
+    def block_pools(self) -> dict[str, Tensor]:
+        return super().block_pools() | {"block ends": self._block_ends}
+
     def close(self, request_ids: Sequence[str]) -> None:
         super().close(request_ids)
         for request_id in request_ids:

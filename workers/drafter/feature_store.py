@@ -33,6 +33,10 @@ class FeatureStore:
     def num_bytes(self) -> int:
         return self._rows.nbytes
 
+    def by_block(self) -> Tensor:
+        """[num_blocks, block_size, width], the same memory."""
+        return self._rows.view(self._tables.num_blocks, self._tables.block_size, -1)
+
     def write(self, turns: Sequence[DraftTurn]) -> None:
         """Keep the features of committed positions."""
         counts = [num_usable(turn) for turn in turns]

@@ -92,6 +92,10 @@ class GraftedDrafter(ABC, Generic[Module]):
     def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:
         """Draft at most ``counts`` nodes for every request."""
 
+    def block_pools(self) -> dict[str, Tensor]:
+        """What is kept under the target's block ids, by name: [num_blocks, ...]."""
+        return self.pools.by_block()
+
     def close(self, request_ids: Sequence[str]) -> None:
         """Forget requests that ended; their blocks belong to the target's pool."""
         for request_id in request_ids:

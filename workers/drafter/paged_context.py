@@ -61,6 +61,12 @@ class DraftPools:
         """Key and value pool [num_blocks * block_size, Hkv, D] of a layer."""
         return self._keys[layer], self._values[layer]
 
+    def by_block(self) -> dict[str, Tensor]:
+        """All pools as [num_blocks, block_size, Hkv, D], the same memory."""
+        shape = (self.num_blocks, self.block_size, *self._entry)
+        pools = {f"key {layer}": pool.view(shape) for layer, pool in enumerate(self._keys)}
+        return pools | {f"value {layer}": pool.view(shape) for layer, pool in enumerate(self._values)}
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [N, Hkv, D] at ``slots`` [N]."""
         self._keys[layer][slots] = k

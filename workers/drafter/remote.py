@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark.drafting import DraftBatch, Held
+from dspark.kv_blocks import KeepsBlocks
 from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn
 from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, Round, RoundTimes
 from dspark.workers.drafter.feature_store import FeatureStore
@@ -137,6 +138,11 @@ class RemoteDrafter:
     def round_seconds(self, num_requests: int) -> float:
         """How long it takes lately from ``propose`` until the drafts of that many requests are there."""
         return self._times(num_requests)
+
+    def block_pools(self) -> dict[str, Tensor]:
+        """What is kept under the target's block ids, by name: [num_blocks, ...]."""
+        own = {"features": self.store.by_block()}
+        return own | (self._fallback.block_pools() if isinstance(self._fallback, KeepsBlocks) else {})
 
     def end(self) -> None:
         """End the streams to all workers, for good."""

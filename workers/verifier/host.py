@@ -11,7 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from dspark.errors import BadRequest, DSparkError, WorkerLost
 from dspark.types import Finish, MeasuredDrafter, ReplicaView, Request, SpeculationState, StepOutcome
@@ -36,6 +38,7 @@ class EngineHost:
         self._inbox: deque[tuple[str, Request | None]] = deque()  # (request id, request to add or None to cancel)
         self._sinks: dict[str, Sink] = {}
         self._num_queued = 0  # submitted, not yet added to the engine
+        self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # to be done between two steps
         self._closing = False
         self._draining = False
         self._failure: BaseException | None = None
@@ -71,6 +74,19 @@ class EngineHost:
             if self._sinks.pop(request_id, None) is not None:
                 self._inbox.append((request_id, None))
                 self._wake.notify()
+
+    def between_steps(self, errand: Callable[[], Any]) -> Future[Any]:
+        """Do something with the engine on its thread, soon; the future fails with what it raises, or with WorkerLost."""
+        done: Future[Any] = Future()
+        with self._wake:
+            try:
+                self._check_alive()
+            except WorkerLost as lost:
+                done.set_exception(lost)
+                return done
+            self._errands.append((errand, done))
+            self._wake.notify()
+        return done
 
     def is_healthy(self) -> bool:
         """Whether work, if there is any, moves forward."""
@@ -176,16 +192,23 @@ class EngineHost:
             self._thread.join()
 
     def _check_open(self) -> None:
+        self._check_alive()
+        if self._draining:
+            raise WorkerLost("this replica is shutting down")
+
+    def _check_alive(self) -> None:
         if self._failure is not None:
             raise WorkerLost(f"the engine failed: {self._failure}")
         if self.engine.lost is not None:
             raise WorkerLost(self.engine.lost)
-        if self._closing or self._draining:
+        if self._closing:
             raise WorkerLost("this replica is shutting down")
 
     def _run(self) -> None:
         try:
             while self._take_inbox():
+                if self._do_errands() and not self.engine.has_work:
+                    continue
                 outcomes = self.engine.step()
                 if self.engine.options.overlapped:
                     self.engine.aside.run(partial(self._deliver, outcomes))
@@ -202,7 +225,7 @@ class EngineHost:
     def _take_inbox(self) -> bool:
         """Wait for work and move the inbox into the engine; False when closing."""
         with self._wake:
-            while not (self._inbox or self.engine.has_work or self._closing):
+            while not (self._inbox or self._errands or self.engine.has_work or self._closing):
                 self._wake.wait()
             if self._closing:
                 return False
@@ -215,6 +238,19 @@ class EngineHost:
                 if request_id in self._sinks:  # not cancelled meanwhile
                     self._add(request)
         return True
+
+    def _do_errands(self) -> bool:
+        """Do what was asked for since the last step; whether there was anything."""
+        has_any = bool(self._errands)
+        while self._errands:
+            errand, done = self._errands.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                done.set_result(errand())
+            except Exception as error:  # noqa: BLE001 - it is whoever asked who has to know
+                done.set_exception(error)
+        return has_any
 
     def _add(self, request: Request) -> None:
         """Hand a checked request to the engine; what it refuses all the same ends with an error, not the engine."""
@@ -243,8 +279,12 @@ class EngineHost:
     def _end_all(self, finish: Finish, error: str | None) -> None:
         with self._wake:
             sinks, self._sinks = self._sinks, {}
+            errands, self._errands = self._errands, deque()
             self._inbox.clear()
             self._num_queued = 0
+        for _, done in errands:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(WorkerLost(error or "this replica is shutting down"))
         for request_id, sink in sinks.items():
             sequence = self.engine.sequences.get(request_id)
             sink([abort_outcome(request_id, sequence.num_known if sequence else 0, finish, error)])

@@ -15,7 +15,7 @@ from typing import Final
 from dspark import errors
 from dspark.errors import BadRequest, DSparkError, Overloaded, ProtocolMismatch
 from dspark.sampling import AcceptanceRule, SamplingParams
-from dspark.types import Finish, LatencyBudget, ReplicaView, Request, Speculation, SpeculationState, StepOutcome, TokenLogprob
+from dspark.types import Finish, KVSource, LatencyBudget, ReplicaView, Request, Speculation, SpeculationState, StepOutcome, TokenLogprob
 from dspark.workers.wire import dspark_pb2 as pb
 
 PROTOCOL: Final = 2
@@ -24,6 +24,7 @@ MAX_DOWN_BYTES: Final = 64 * 2**20  # prompt log-probabilities of a long prompt 
 MAX_ID_CHARS: Final = 128
 MAX_SALT_CHARS: Final = 256
 MAX_CLASS_CHARS = 64
+MAX_SOURCE_CHARS: Final = 512
 MAX_PROMPT_TOKENS: Final = 2**20
 MAX_CANCELS: Final = 4096
 MAX_DIGEST: Final = 65536
@@ -75,7 +76,7 @@ class Status:
 
 def request_to_wire(request: Request) -> pb.Request:
     """The message of a request; its receiver gets an equal request back."""
-    budget = request.latency_budget
+    budget, source = request.latency_budget, request.kv_source
     return pb.Request(
         id=request.id,
         prompt_token_ids=request.prompt_token_ids,
@@ -88,6 +89,7 @@ def request_to_wire(request: Request) -> pb.Request:
         cache_salt=request.cache_salt,
         noise_seed=request.noise_seed,
         service_class=request.service_class,
+        kv_source=None if source is None else pb.KVSource(replica_id=source.replica_id, address=source.address, token=source.token),
     )
 
 
@@ -116,7 +118,14 @@ def request_from_wire(message: pb.Request) -> Request:
         noise_seed=message.noise_seed,
         num_prompt_tokens=message.num_prompt_tokens,
         service_class=message.service_class,
+        kv_source=_source(message.kv_source) if message.HasField("kv_source") else None,
     )
+
+
+def _source(message: pb.KVSource) -> KVSource:
+    if max(map(len, (message.replica_id, message.address, message.token))) > MAX_SOURCE_CHARS:
+        raise BadRequest(f"a part of kv_source has over {MAX_SOURCE_CHARS} characters", "kv_source")
+    return KVSource(message.replica_id, message.address, message.token)
 
 
 def check_id(request_id: str) -> None:

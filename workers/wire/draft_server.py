@@ -29,7 +29,7 @@ from dspark.workers.wire.drafting_codec import (
     turns_from_wire,
 )
 from dspark.workers.wire.drafting_pb2_grpc import DraftWorkerServicer, add_DraftWorkerServicer_to_server
-from dspark.workers.wire.server import add_port, check_token
+from dspark.workers.wire.ports import add_port, check_token
 from dspark.workers.wire.tls import TlsFiles
 
 HELLO_TIMEOUT_S: Final = 10.0

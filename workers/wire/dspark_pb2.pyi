@@ -53,7 +53,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., replica_id: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "prompt_token_ids", "num_prompt_tokens", "sampling", "ttft_ms", "tpot_ms", "speculation", "priority", "cache_salt", "noise_seed", "service_class")
+    __slots__ = ("id", "prompt_token_ids", "num_prompt_tokens", "sampling", "ttft_ms", "tpot_ms", "speculation", "priority", "cache_salt", "noise_seed", "service_class", "kv_source")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class Request(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NOISE_SEED_FIELD_NUMBER: _ClassVar[int]
     SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    KV_SOURCE_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
@@ -76,7 +77,18 @@ class Request(_message.Message):
     cache_salt: str
     noise_seed: int
     service_class: str
-    def __init__(self, id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., speculation: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., noise_seed: _Optional[int] = ..., service_class: _Optional[str] = ...) -> None: ...
+    kv_source: KVSource
+    def __init__(self, id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., speculation: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., noise_seed: _Optional[int] = ..., service_class: _Optional[str] = ..., kv_source: _Optional[_Union[KVSource, _Mapping]] = ...) -> None: ...
+
+class KVSource(_message.Message):
+    __slots__ = ("replica_id", "address", "token")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    address: str
+    token: str
+    def __init__(self, replica_id: _Optional[str] = ..., address: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "min_tokens", "max_tokens", "ignore_eos", "logprobs", "prompt_logprobs", "acceptance", "skip_special_tokens", "include_stop_str_in_output")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
@@ -16,10 +15,10 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError
 
-from dspark.errors import DSparkError, Overloaded
-from dspark.types import StepOutcome
+from dspark.errors import BadRequest, DSparkError, Overloaded
+from dspark.kv_blocks import KVExchange
+from dspark.types import Request, StepOutcome
 from dspark.workers.wire import dspark_pb2 as pb
-from dspark.workers.wire.client import TOKEN_KEY
 from dspark.workers.wire.codec import (
     MAX_CANCELS,
     MAX_DOWN_BYTES,
@@ -36,7 +35,11 @@ from dspark.workers.wire.codec import (
     tune_from_wire,
 )
 from dspark.workers.wire.dspark_pb2_grpc import VerifierServicer, add_VerifierServicer_to_server
+from dspark.workers.wire.kv_client import KVFetcher
+from dspark.workers.wire.kv_pb2_grpc import add_KVBlocksServicer_to_server
+from dspark.workers.wire.kv_server import KVServer
 from dspark.workers.wire.link import Host
+from dspark.workers.wire.ports import add_port, check_token
 from dspark.workers.wire.tls import TlsFiles
 
 VIEW_PERIOD_S: Final = 0.25
@@ -56,13 +59,15 @@ _log = logging.getLogger(__name__)
 class _Session:
     """One router's stream: its requests, and the messages waiting to go down."""
 
-    def __init__(self, host: Host, name: str) -> None:
+    def __init__(self, host: Host, name: str, fetcher: KVFetcher | None = None) -> None:
         self.name = name
         self.ids: set[str] = set()
         self.outbox: asyncio.Queue[pb.Down | None] = asyncio.Queue()
         self.fault: WireError | None = None
         self.tune = Tune()
         self._host = host
+        self._fetcher = fetcher
+        self._fetching: dict[str, asyncio.Task[None]] = {}  # requests whose KV is on its way
         self._loop = asyncio.get_running_loop()
         self._is_open = True
 
@@ -88,6 +93,8 @@ class _Session:
 
     def close(self) -> None:
         self._is_open = False
+        for task in self._fetching.values():
+            task.cancel()
         for request_id in self.ids:
             self._host.cancel(request_id)
         self.ids.clear()
@@ -96,28 +103,49 @@ class _Session:
         if len(ids) > MAX_CANCELS:
             raise WireError(f"{len(ids)} ids in one cancel; at most {MAX_CANCELS}")
         for request_id in ids:
-            if request_id in self.ids:
+            if (task := self._fetching.pop(request_id, None)) is not None:
+                task.cancel()
+            elif request_id in self.ids:
                 self.ids.remove(request_id)
                 self._host.cancel(request_id)
 
     def submit(self, message: pb.Request, is_draining: bool) -> None:
         check_id(message.id)
-        if message.id in self.ids:
+        if message.id in self.ids or message.id in self._fetching:
             raise WireError(f"request {message.id!r} was sent twice")
         try:
             if is_draining:
                 raise Overloaded("this verifier is shutting down")
-            self._host.submit(request_from_wire(message), self.sink)
-        except WireError:
-            raise
-        except DSparkError as error:
+            request = request_from_wire(message)
+        except (BadRequest, Overloaded) as error:
             self.put(pb.Down(rejected=error_to_wire(message.id, error)))
-        except Exception:  # noqa: BLE001 - a bug that one request brings out must not end the others of the session
-            _log.exception("request %s could not be queued", message.id)
-            self.put(pb.Down(rejected=error_to_wire(message.id, DSparkError("internal error: the request could not be queued"))))
         else:
-            self.ids.add(message.id)
-            self.put(pb.Down(accepted=pb.Accepted(id=message.id)))
+            if request.kv_source is None or self._fetcher is None:
+                self._queue(request)
+            else:
+                self._fetching[request.id] = asyncio.create_task(self._fetch_first(self._fetcher, request))
+
+    async def _fetch_first(self, fetcher: KVFetcher, request: Request) -> None:
+        """Queue a request when its KV has come, or could not be had."""
+        try:
+            await fetcher.fetch(request)
+        except Exception:  # noqa: BLE001 - whatever went wrong, the request can do without
+            _log.exception("KV of request %s could not be fetched", request.id)
+        self._fetching.pop(request.id, None)
+        if self._is_open:
+            self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        try:
+            self._host.submit(request, self.sink)
+        except DSparkError as error:
+            self.put(pb.Down(rejected=error_to_wire(request.id, error)))
+        except Exception:  # noqa: BLE001 - a bug that one request brings out must not end the others of the session
+            _log.exception("request %s could not be queued", request.id)
+            self.put(pb.Down(rejected=error_to_wire(request.id, DSparkError("internal error: the request could not be queued"))))
+        else:
+            self.ids.add(request.id)
+            self.put(pb.Down(accepted=pb.Accepted(id=request.id)))
 
     def _deliver(self, outcomes: Sequence[StepOutcome]) -> None:
         if not self._is_open:
@@ -131,14 +159,21 @@ class _Session:
 
 
 class WireServer(VerifierServicer):
-    """Serves ``host`` on ``bind``; routers must send ``token`` and expect ``fingerprint``, or none."""
+    """Serves ``host`` on ``bind``; routers must send ``token`` and expect ``fingerprint``, or none.
 
-    def __init__(self, host: Host, replica_id: str, fingerprint: str, token: str, tls: TlsFiles | None = None) -> None:
+    With ``exchange`` it gives KV blocks to other verifiers, and fetches those that requests name a source of.
+    """
+
+    def __init__(
+        self, host: Host, replica_id: str, fingerprint: str, token: str, tls: TlsFiles | None = None, exchange: KVExchange | None = None
+    ) -> None:
         self._host = host
         self._replica_id = replica_id
         self._fingerprint = fingerprint
         self._token = token.encode()
         self._tls = tls
+        self._exchange = exchange
+        self._fetcher = None if exchange is None else KVFetcher(exchange, tls)
         self._sessions: set[_Session] = set()
         self._is_draining = False
         self._server: grpc.aio.Server | None = None
@@ -149,6 +184,8 @@ class WireServer(VerifierServicer):
         """Listen on a free port of ``bind``; returns the address."""
         self._server = grpc.aio.server(options=_OPTIONS)
         add_VerifierServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]  # generated without types
+        if self._exchange is not None:
+            add_KVBlocksServicer_to_server(KVServer(self._exchange, self._token), self._server)  # type: ignore[no-untyped-call]
         host = f"[{bind}]" if ":" in bind else bind
         self.address = f"{host}:{add_port(self._server, f'{host}:0', self._tls)}"
         await self._server.start()
@@ -171,7 +208,7 @@ class WireServer(VerifierServicer):
 
     async def Session(self, requests: AsyncIterator[pb.Up], context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[pb.Down]:
         await check_token(context, self._token)
-        session = _Session(self._host, await self._greet(requests, context))
+        session = _Session(self._host, await self._greet(requests, context), self._fetcher)
         yield pb.Down(welcome=pb.Welcome(protocol=PROTOCOL, replica_id=self._replica_id, fingerprint=self._fingerprint))
         yield pb.Down(view=status_to_wire(self.status()))
         self._sessions.add(session)
@@ -192,7 +229,8 @@ class WireServer(VerifierServicer):
         view = self._host.view(self._replica_id, self.address)
         if self._is_draining and not view.draining:
             view = dataclasses.replace(view, draining=True)
-        return Status(view, self._host.is_healthy(), self._host.stats())
+        moved = {} if self._exchange is None else self._exchange.stats()
+        return Status(view, self._host.is_healthy(), self._host.stats() | moved)
 
     @property
     def wanted_verifiers(self) -> int:
@@ -252,18 +290,3 @@ class WireServer(VerifierServicer):
         message = pb.Down(view=status_to_wire(self.status()))
         for session in self._sessions:
             session.put(message)
-
-
-def add_port(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
-    """Let a server listen on an address, with mutual TLS if there is any; returns the port."""
-    if tls is None:
-        return int(server.add_insecure_port(address))
-    return int(server.add_secure_port(address, tls.server_credentials()))
-
-
-async def check_token(context: grpc.aio.ServicerContext[Any, Any], token: bytes) -> None:
-    """Refuse a stream whose metadata lacks the token; the comparison takes the same time whatever was sent."""
-    sent = dict(context.invocation_metadata() or ()).get(TOKEN_KEY, "")
-    sent = sent if isinstance(sent, bytes) else str(sent).encode()
-    if not hmac.compare_digest(sent, token):
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")

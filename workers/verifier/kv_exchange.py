@@ -1,0 +1,156 @@
+"""Blocks out of an engine's prefix cache and into it: the target's KV and the drafter's context, which live under the same ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from dspark.errors import ProtocolMismatch
+from dspark.kv_blocks import BlockPart, KeepsBlocks, KVBlocks, KVLayout, TransferStats
+from dspark.types import Request
+from dspark.workers.blocks import BlockPool, chain_hash, root_hash
+from dspark.workers.verifier.attention import KVStore
+from dspark.workers.verifier.engine import Engine
+
+TAKING: Final = "\0taking"  # the name of the table that holds blocks while they are filled
+
+OnEngine = Callable[[Callable[[], Any]], Future[Any]]  # runs something on the engine's thread, between two steps
+
+
+@dataclass(slots=True)
+class TransferCounters:
+    """Totals since start."""
+
+    given_blocks: int = 0
+    given_bytes: int = 0
+    taken_blocks: int = 0
+    fetches: int = 0
+    failed_fetches: int = 0
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0
+
+
+class BlockPools:
+    """Every pool that a block id addresses. Not thread-safe: for the engine's thread."""
+
+    def __init__(self, pool: BlockPool, store: KVStore, drafter: object) -> None:
+        self._pool = pool
+        self._tensors: dict[str, Tensor] = {f"key {layer}": by_block(tensor, pool) for layer, tensor in store.keys.items()}
+        self._tensors |= {f"value {layer}": by_block(tensor, pool) for layer, tensor in store.values.items()}
+        if isinstance(drafter, KeepsBlocks):
+            self._tensors |= {f"draft {name}": tensor for name, tensor in drafter.block_pools().items()}
+
+    @property
+    def parts(self) -> tuple[BlockPart, ...]:
+        """What a block consists of, by name."""
+        return tuple(BlockPart(name, str(t.dtype).removeprefix("torch."), tuple(t.shape[1:])) for name, t in sorted(self._tensors.items()))
+
+    @torch.inference_mode()
+    def give(self, hashes: Sequence[bytes], first: int) -> KVBlocks:
+        """Copies of the cached blocks of a prefix from ``first`` on, on the host."""
+        blocks = self._pool.find(hashes)[first:]
+        parts = {}
+        if blocks:
+            index = torch.tensor(blocks, dtype=torch.int64)
+            parts = {name: tensor.index_select(0, index.to(tensor.device)).cpu() for name, tensor in self._tensors.items()}
+        return KVBlocks(first, len(blocks), parts)
+
+    @torch.inference_mode()
+    def take(self, hashes: Sequence[bytes], blocks: KVBlocks) -> int:
+        """Keep those blocks that are not here yet; how many. 0 if what lies before them is gone, or if there is no room for all."""
+        pool, end = self._pool, blocks.first + blocks.count
+        held = pool.open(TAKING, hashes[:end])
+        try:
+            if not blocks.first <= held < end or not pool.grow(TAKING, end * pool.block_size):
+                return 0
+            new = torch.tensor(list(pool.table(TAKING)[held:end]), dtype=torch.int64)
+            for name, tensor in self._tensors.items():
+                tensor.index_copy_(0, new.to(tensor.device), blocks.parts[name][held - blocks.first :].to(tensor.device))
+            for index in range(held, end):
+                pool.register(TAKING, index, hashes[index])
+            return end - held
+        finally:
+            pool.release(TAKING)
+
+
+def by_block(rows: Tensor, pool: BlockPool) -> Tensor:
+    """A pool [num_blocks * block_size, ...] as [num_blocks, block_size, ...], the same memory."""
+    return rows.view(pool.num_blocks, pool.block_size, *rows.shape[1:])
+
+
+class EngineExchange:
+    """A ``KVExchange`` around an engine. ``identity`` names the weights of target and drafter, ``ranks`` is tensor x expert parallel.
+
+    KV that is spread over ranks is not moved. Nothing is held between two calls.
+    """
+
+    def __init__(self, engine: Engine, identity: str, ranks: tuple[int, int], on_engine: OnEngine) -> None:
+        is_whole = engine.target.ranks is None
+        self._pools = BlockPools(engine.pool, engine.runner.store, engine.drafter) if is_whole else None
+        parts = () if self._pools is None else self._pools.parts
+        self.layout = KVLayout(identity, engine.pool.block_size, *ranks, parts)
+        self.counters = TransferCounters()
+        self._pool = engine.pool
+        self._on_engine = on_engine
+        self._has_cache = engine.options.limits.prefix_cache
+
+    def prefix(self, request: Request) -> Sequence[bytes]:
+        if request.sampling.prompt_logprobs is not None or not self._has_cache:
+            return []  # its tokens are computed whatever anybody has
+        size, tokens = self._pool.block_size, request.prompt_token_ids
+        hashes = [root_hash(request.cache_salt)]
+        for index in range((len(tokens) - 1) // size):  # the last known token is always computed
+            hashes.append(chain_hash(hashes[-1], tokens[index * size : (index + 1) * size]))
+        return hashes[1:]
+
+    def held(self, hashes: Sequence[bytes]) -> Future[int]:
+        return self._on_engine(lambda: self._pool.count_hits(hashes))
+
+    def give(self, hashes: Sequence[bytes], first: int) -> Future[KVBlocks]:
+        return self._on_engine(lambda: self._give(hashes, first))
+
+    def take(self, hashes: Sequence[bytes], blocks: KVBlocks) -> Future[int]:
+        return self._on_engine(lambda: self._take(hashes, blocks))
+
+    def note(self, stats: TransferStats | None) -> None:
+        self.counters.fetches += 1
+        if stats is None:
+            self.counters.failed_fetches += 1
+            return
+        self.counters.fetched_bytes += stats.num_bytes
+        self.counters.fetch_s += stats.seconds
+
+    def stats(self) -> dict[str, float]:
+        """Counters for metrics."""
+        counters = self.counters
+        return {
+            "kv_given_blocks_total": counters.given_blocks,
+            "kv_given_bytes_total": counters.given_bytes,
+            "kv_taken_blocks_total": counters.taken_blocks,
+            "kv_fetches_total": counters.fetches,
+            "kv_failed_fetches_total": counters.failed_fetches,
+            "kv_fetched_bytes_total": counters.fetched_bytes,
+            "kv_fetch_seconds_total": counters.fetch_s,
+        }
+
+    def _give(self, hashes: Sequence[bytes], first: int) -> KVBlocks:
+        if self._pools is None:
+            raise ProtocolMismatch(
+                f"KV that is spread over {self.layout.tensor_parallel} x {self.layout.expert_parallel} ranks is not moved"
+            )
+        blocks = self._pools.give(hashes, first)
+        self.counters.given_blocks += blocks.count
+        self.counters.given_bytes += blocks.num_bytes
+        return blocks
+
+    def _take(self, hashes: Sequence[bytes], blocks: KVBlocks) -> int:
+        if self._pools is None:
+            return 0
+        count = self._pools.take(hashes, blocks)
+        self.counters.taken_blocks += count
+        return count

@@ -1,0 +1,54 @@
+from dspark.workers.wire import drafting_pb2 as _drafting_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Wanted(_message.Message):
+    __slots__ = ("protocol", "layout", "hashes", "first")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    layout: Layout
+    hashes: _containers.RepeatedScalarFieldContainer[bytes]
+    first: int
+    def __init__(self, protocol: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., hashes: _Optional[_Iterable[bytes]] = ..., first: _Optional[int] = ...) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("identity", "block_size", "tensor_parallel", "expert_parallel", "parts")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    block_size: int
+    tensor_parallel: int
+    expert_parallel: int
+    parts: _containers.RepeatedCompositeFieldContainer[Part]
+    def __init__(self, identity: _Optional[str] = ..., block_size: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., expert_parallel: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
+
+class Part(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("first", "count", "tensors")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    tensors: _containers.RepeatedCompositeFieldContainer[_drafting_pb2.Tensor]
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[_drafting_pb2.Tensor, _Mapping]]] = ...) -> None: ...

@@ -49,7 +49,7 @@ class CudaGraphs:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._warn = warn
         self.has_failed = False
 

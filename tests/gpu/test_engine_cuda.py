@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.draft_modules import random_module
 from helpers.engines import greedy, make_engine, run, tiny_target
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,9 @@ from dspark.config import EngineConfig
 from dspark.kernels.graphs import CudaGraphs
 from dspark.sampling import SamplingParams
 from dspark.types import Request
+from dspark.workers.blocks import BlockPool
 from dspark.workers.build import load_engine
+from dspark.workers.drafter.graph_local import GraphDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.targets import Target, as_target
@@ -52,6 +55,22 @@ def test_graphs_eager_and_cpu_agree_in_fp32(name: str, with_drafts: bool) -> Non
     for options in (None, graphs):
         engine = make_engine(target, NgramDrafter() if with_drafts else None, graphs=options)
         assert {request: result.tokens for request, result in run(engine, requests).items()} == wanted
+
+
+@pytest.mark.parametrize("speculation", ["static:2", "static:4"])
+def test_a_grafted_drafter_in_graphs_changes_no_text(speculation: str) -> None:
+    """Drafts and the steps that verify them are launched before the host sees them; in fp32 the text is that of plain decoding."""
+    requests = [greedy(request, prompt, 40) for request, prompt in PROMPTS.items()]
+    wanted = {request: result.tokens for request, result in run(make_engine(tiny_target("llama"), speculation="off"), requests).items()}
+    target, pool = on_gpu("llama"), BlockPool(128)
+    drafter = GraphDrafter(random_module(target).to("cuda"), pool, 8, max_rows=32, max_model_len=256)
+    capture = CudaGraphs(pytest.fail)
+    graphs = GraphOptions(capture, max_tokens=64, max_rows=32, max_model_len=256, longest=5, with_matches=True)
+    engine = make_engine(target, drafter, pool, graphs=graphs, overlapped=True, speculation=speculation)
+    drafter.prepare(capture, engine.runner.step_tokens)
+    assert {request: result.tokens for request, result in run(engine, requests).items()} == wanted
+    assert engine.ahead.launched > 10
+    assert engine.counters.drafted > 0
 
 
 @pytest.mark.skipif(CACHE is None, reason="DSPARK_CACHE is not set")

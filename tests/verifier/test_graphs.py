@@ -75,6 +75,17 @@ def test_sizes() -> None:
     assert graph_sizes(1) == (1,)
 
 
+def test_drafts_do_not_leave_the_captured_sizes() -> None:
+    """Six requests with drafts of six tokens would be 42: a graph holds 24, so the rest is trimmed; prompts may take more."""
+    truth = {name: prompt + [1] * 40 for name, prompt in PROMPTS.items()}
+    engine = make_engine(tiny_target(), OracleDrafter(truth, 6, "random", vocab_size=160), speculation="static:6", graphs=GRAPHS)
+    sizes: list[int] = []
+    engine.on_step = lambda plan, times: sizes.append(plan.token_bucket)
+    run(engine, requests())
+    assert max(sizes[:2]) > 24
+    assert max(sizes[4:]) == 24
+
+
 def test_largest_first_and_every_size_is_captured() -> None:
     captured: list[int] = []
 

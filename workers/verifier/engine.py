@@ -134,7 +134,7 @@ class Engine:
         self.runner = Runner(target, pool, drafter.taps, getattr(drafter, "feed", None), options.graphs)
         survival = make_estimator("head", drafter.block_size, drafter.signals)
         self.drafts = DraftPlanner(DraftPolicy(drafter.block_size), survival, looks_back=options.overlapped)
-        self.scheduler = Scheduler(pool, options.limits, self.drafts, self.runner.padded)
+        self.scheduler = Scheduler(pool, options.limits, self.drafts, self.runner.padded, self.runner.max_launched)
         self.shapes = ShapePolicy(options.auto_trees)
         self.tree_nodes = 0  # that drafts of adaptive requests may have now
         self.cohorts = Cohorts()

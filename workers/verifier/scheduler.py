@@ -45,6 +45,7 @@ class Scheduler:
     limits: Limits
     drafts: DraftPlanner
     padded: Callable[[int], int] = int  # the token count that a step of so many is padded to
+    largest_captured: int = 0  # tokens of the largest step that runs from a graph; 0: none does
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     counters: SchedulerCounters = field(default_factory=SchedulerCounters)
@@ -103,7 +104,7 @@ class Scheduler:
         if preempted == self.counters.preemptions:
             self._admit(shares, chunk)
         rows = list(shares.values())
-        self.drafts.plan(rows, self.limits.max_batch_tokens - sum(s.num_known for s in rows), draft_s)
+        self.drafts.plan(rows, self._room_for_drafts(sum(s.num_known for s in rows)), draft_s)
         for share in rows:
             base = share.sequence.num_computed + share.num_known
             while share.num_draft and not self.pool.grow(share.sequence.id, base + share.num_draft):
@@ -111,6 +112,11 @@ class Scheduler:
             share.num_commit = min(share.num_commit, share.num_draft)
         planned = tuple(PlanRow(s.sequence.id, s.sequence.num_computed, s.num_known, s.num_draft, s.samples, s.num_commit) for s in rows)
         return VerifyPlan(planned, self.padded(sum(row.num_tokens for row in planned)))
+
+    def _room_for_drafts(self, num_known: int) -> int:
+        """Drafted tokens that fit beside so many known ones; drafts alone never take a step out of the sizes with graphs."""
+        is_captured = num_known <= self.largest_captured
+        return (min(self.limits.max_batch_tokens, self.largest_captured) if is_captured else self.limits.max_batch_tokens) - num_known
 
     def commit(self, sequence: Sequence, num_computed: int) -> None:
         """Note that positions ``< num_computed`` hold committed KV; blocks beyond go back, full ones become findable."""

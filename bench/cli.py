@@ -292,8 +292,7 @@ def _kernels(args: argparse.Namespace) -> int:
     from dspark.bench.kernel_time import run_kernels
 
     with _json_out(args.json) as out:
-        run_kernels(args.kernels, args.repeats, out)
-    return 0
+        return 0 if run_kernels(args.kernels, args.repeats, out) else 1
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -277,7 +277,7 @@ def _add_inflate(parser: argparse.ArgumentParser) -> None:
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", type=_list_of(str), default=(), metavar="A,B", help="only those whose names begin so (default all)")
-    parser.add_argument("--repeats", type=_positive, default=25, metavar="N", help="medians are reported (default 25)")
+    parser.add_argument("--repeats", type=_positive, default=11, metavar="N", help="medians are reported (default 11)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a kernel and shape")
 
 

@@ -10,6 +10,7 @@ that reads results back is called one by one. On a CPU there are no kernels of o
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 CACHE_BYTES = 100 * 2**20  # inputs that take turns hold at least this much together: twice the L2 cache of an H100
 MAX_INPUTS = 16
 CALLS_A_GRAPH = 32
+GRAPH_S = 0.01  # of slower calls a graph holds fewer
 COLUMNS = [
     Column("kernel", 20, is_text=True),
     Column("shape", 32, is_text=True),
@@ -58,8 +60,11 @@ class KernelRecord:
     kind: str = "kernel"
 
 
-def run_kernels(kernels: Sequence[str], repeats: int, out: TextIO | None) -> None:
-    """Measure the cases whose name begins with one of ``kernels`` (empty: all), print a table, append JSON lines to ``out``."""
+def run_kernels(kernels: Sequence[str], repeats: int, out: TextIO | None) -> bool:
+    """Measure the cases whose name begins with one of ``kernels`` (empty: all), print a table, append JSON lines to ``out``.
+
+    A case that fails is named and does not stop the others; whether all ran.
+    """
     import torch
 
     is_cuda = torch.cuda.is_available()
@@ -77,16 +82,31 @@ def run_kernels(kernels: Sequence[str], repeats: int, out: TextIO | None) -> Non
     print(f"ceilings: copy {copy_bytes_s / 1e9:,.0f} GB/s, matrix product {product_flops_s / 1e12:.2f} TFLOP/s")
     if not is_cuda:
         print("no GPU: references only, at small shapes; us and what follows are theirs")
-    table = Table(COLUMNS)
+    table, all_ran = Table(COLUMNS), True
     with torch.inference_mode():
         for case in cases:
-            times = measure(case, timer, has_kernels=is_cuda)
+            try:
+                times = measure(case, timer, has_kernels=is_cuda)
+            except _failures() as error:
+                print(f"{case.kernel}, {case.shape}: {type(error).__name__}: {error}")
+                all_ran = False
+                continue
             record = KernelRecord(
                 case.kernel, case.shape, *times, case.num_bytes, case.num_flops, copy_bytes_s, product_flops_s, machine, commit
             )
             show(table, record)
             if out is not None:
                 print(json.dumps(dataclasses.asdict(record)), file=out, flush=True)
+    return all_ran
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a kernel or torch raises where a device cannot run it."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return (RuntimeError, TritonError)
 
 
 def show(table: Table, record: KernelRecord) -> None:
@@ -139,7 +159,11 @@ class GraphTimer(PlainTimer):
         for call in calls:
             call()
         torch.cuda.synchronize()
-        turns = max(1, CALLS_A_GRAPH // len(calls))
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        turns = max(1, min(CALLS_A_GRAPH // len(calls), int(GRAPH_S / (time.perf_counter() - start))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(turns):

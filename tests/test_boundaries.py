@@ -82,7 +82,7 @@ ROOMS = {
         names("nouns face router"),
         names("numpy"),
         names("deploy kernels verifier drafter"),
-        names("httpx torch transformers safetensors matplotlib vllm"),
+        names("httpx torch transformers safetensors triton matplotlib vllm"),
     ),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),
 }

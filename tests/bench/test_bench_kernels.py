@@ -71,6 +71,17 @@ def test_a_line_says_how_near_the_ceiling_is(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.splitlines()[-1].split()[4:] == ["400", "40.00", "3.00", "-"]
 
 
+def test_a_case_that_fails_is_named_and_the_others_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(gate_up: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("dspark.kernels.swiglu.reference", fail)
+    assert main(["kernels", "--repeats", "1", "--kernels", "swiglu,gather"]) == 1
+    shown = capsys.readouterr().out
+    assert "swiglu, 1 x 96: OutOfMemoryError: no room" in shown
+    assert "gather_taps" in shown
+
+
 def test_inputs_take_turns_and_the_first_turn_does_not_count() -> None:
     seen: list[int] = []
     PlainTimer(4).seconds([lambda: seen.append(0), lambda: seen.append(1)])

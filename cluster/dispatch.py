@@ -17,7 +17,7 @@ from dspark.cluster.fleet import Fleet, ask_of
 from dspark.errors import BadRequest, DSparkError, Overloaded, WorkerLost
 from dspark.router.admission import admit, refuse_late
 from dspark.types import Finish, Request, StepOutcome
-from dspark.workers.wire.link import Flight
+from dspark.workers.wire.link import Flight, VerifierLeaves
 
 MAX_REPLAYS: Final = 3  # a request that kills every verifier it meets must not take them all down
 NEW_WAIT_S: Final = 5.0  # for a verifier, before the first token
@@ -34,6 +34,7 @@ class Dispatcher:
         self.fleet = fleet
         self.in_flight = 0
         self.replays = 0
+        self.moves = 0
         self.is_draining = False
         self._max_waiting = max_waiting
         self._replay_wait_s = replay_wait_s
@@ -87,6 +88,12 @@ class Dispatcher:
                 raise refusal or Overloaded("no verifier is available", 5.0)
             await self.fleet.wait_for_change(RETRY_S)
 
+    async def move(self, request: Request) -> Flight:
+        """A flight for a request whose verifier leaves; raises at once if no other takes it."""
+        flight = await self.place(request, asyncio.get_running_loop().time(), may_refuse=True)
+        self.moves += 1
+        return flight
+
     async def replace(self, request: Request) -> Flight:
         """A flight for a request whose verifier was lost."""
         self.replays += 1
@@ -113,6 +120,8 @@ class Generation:
     def __init__(self, dispatcher: Dispatcher, request: Request) -> None:
         self.request = request
         self.num_replays = 0
+        self.num_moves = 0
+        self._num_names = 0
         self._dispatcher = dispatcher
         self._emitted: list[int] = []
         self._flight: Flight | None = None
@@ -139,6 +148,9 @@ class Generation:
                 raise WorkerLost("the request was not placed")
             try:
                 outcome = await anext(self._flight)
+            except VerifierLeaves:
+                await self._move(self._flight)
+                continue
             except WorkerLost as lost:
                 await self._replay(lost)
                 continue
@@ -161,6 +173,8 @@ class Generation:
 
     def _hold(self, flight: Flight) -> None:
         self._flight = flight
+        if self._dispatcher.fleet.moves_kv:
+            flight.tell_when_leaving()
         if self._is_closed:  # closed while it was being placed
             flight.close()
 
@@ -169,15 +183,32 @@ class Generation:
             raise WorkerLost(f"gave up after {MAX_REPLAYS} replays: {lost}") from lost
         self.num_replays += 1
         _log.warning("request %s is replayed with %d tokens: %s", self.request.id, len(self._emitted), lost)
-        again = dataclasses.replace(
-            self.request,
-            id=f"{self.request.id}~{self.num_replays}",
-            prompt_token_ids=self.request.prompt_token_ids + tuple(self._emitted),
-        )
         try:
-            self._hold(await self._dispatcher.replace(again))
+            self._hold(await self._dispatcher.replace(self._rest()))
         except BadRequest as error:
             raise WorkerLost(f"the replay was refused: {error}") from error
+
+    async def _move(self, flight: Flight) -> None:
+        """Go on at another verifier, which fetches the KV from this one; if no other takes it, it ends where it is.
+
+        What this one yields meanwhile is not looked at: the other one yields it again.
+        """
+        source = self._dispatcher.fleet.source_of(flight.replica_id)
+        try:
+            moved = await self._dispatcher.move(dataclasses.replace(self._rest(), kv_source=source))
+        except DSparkError as refusal:
+            _log.info("request %s stays at %s, which leaves: %s", self.request.id, flight.replica_id, refusal)
+            return
+        self.num_moves += 1
+        flight.close()
+        _log.info("request %s moved from %s to %s with %d tokens", self.request.id, flight.replica_id, moved.replica_id, len(self._emitted))
+        self._hold(moved)
+
+    def _rest(self) -> Request:
+        """The request as it is now, for another verifier: what was passed on is known."""
+        self._num_names += 1
+        name = f"{self.request.id}~{self._num_names}"
+        return dataclasses.replace(self.request, id=name, prompt_token_ids=self.request.prompt_token_ids + tuple(self._emitted))
 
 
 def _close(generations: Sequence[Generation]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from dspark.router.admission import capacity
 from dspark.router.policy import Standing, choose
 from dspark.router.predict import Ask, Prediction, Sent
 from dspark.router.prefixes import PrefixIndex, chunk_keys
-from dspark.types import ReplicaView, Request
+from dspark.router.transfers import longest_holder, pays, speed
+from dspark.types import KVSource, ReplicaView, Request
 from dspark.workers.wire.codec import Status, Tune
 from dspark.workers.wire.link import Flight, Link
 
@@ -60,14 +62,18 @@ Connect = Callable[[ReplicaFacts], Link]
 
 
 class Fleet:
-    """Links to all verifiers that run the first one's model; others are left alone and logged."""
+    """Links to all verifiers that run the first one's model; others are left alone and logged.
 
-    def __init__(self, discover: Discover, connect: Connect) -> None:
+    With ``moves_kv`` they are told where they may fetch KV.
+    """
+
+    def __init__(self, discover: Discover, connect: Connect, moves_kv: bool = False) -> None:
+        self.moves_kv = moves_kv
         self._discover = discover
         self._connect = connect
         self._links: dict[str, Link] = {}
         self._joined_s: dict[str, float] = {}
-        self._described: dict[str, Mapping[str, object]] = {}
+        self._facts: dict[str, ReplicaFacts] = {}
         self._ids: tuple[str, ...] = ()  # of the links, to draw from
         self._limit = (0.0, 0)  # when it was added up, and the sum
         self._refused: set[str] = set()
@@ -114,7 +120,8 @@ class Fleet:
 
     def described(self, replica_id: str) -> Mapping[str, object]:
         """The effective settings of a verifier."""
-        return self._described.get(replica_id, {})
+        facts = self._facts.get(replica_id)
+        return facts.described if facts is not None else {}
 
     def tune(self, tune: Tune) -> None:
         """Hand a decision to every verifier."""
@@ -130,9 +137,37 @@ class Fleet:
 
     async def submit(self, link: Link, request: Request, ask: Ask) -> Flight:
         """Send a request to a verifier and note it; raises what ``Link.submit`` raises."""
+        if self.moves_kv and request.kv_source is None and (giver := self._giver(link, ask)) is not None:
+            request = dataclasses.replace(request, kv_source=self.source_of(giver))
         flight = await link.submit(request)
         self._prefixes.add(ask.keys, link.replica_id)
         return flight
+
+    def source_of(self, replica_id: str) -> KVSource | None:
+        """Where KV of a verifier can be fetched; None if it is not known, or spread over ranks."""
+        facts = self._facts.get(replica_id)
+        if facts is None or any(facts.described.get(name, 1) != 1 for name in ("tensor_parallel", "expert_parallel")):
+            return None
+        return KVSource(replica_id, facts.address, facts.token)
+
+    def _giver(self, link: Link, ask: Ask) -> str | None:
+        """A verifier from which ``link``'s had better fetch a part of the prefix."""
+        holders = self._prefixes.holders(ask.keys) if ask.keys else []
+        status, described = link.status, self.described(link.replica_id)
+        if not holders or status is None:
+            return None
+        found = longest_holder(holders, link.replica_id, lambda name: self._is_open(name) and self.source_of(name) is not None)
+        if found is None:
+            return None
+        capacity, size = described.get("kv_capacity_tokens"), described.get("kv_capacity_bytes")
+        if not isinstance(capacity, int) or not isinstance(size, int) or not capacity:
+            return None
+        bytes_per_s = speed(status.stats.get("kv_fetched_bytes_total", 0.0), status.stats.get("kv_fetch_seconds_total", 0.0))
+        return found[0] if pays(found[1], status.view.prefill_token_s, size / capacity, bytes_per_s) else None
+
+    def _is_open(self, replica_id: str) -> bool:
+        link = self._links.get(replica_id)
+        return link is not None and link.is_open
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a verifier came or went, or after ``timeout_s``."""
@@ -191,12 +226,12 @@ class Fleet:
             self.facts = facts
             self._links[facts.replica_id] = link
             self._joined_s[facts.replica_id] = asyncio.get_running_loop().time()
-            self._described[facts.replica_id] = facts.described
+            self._facts[facts.replica_id] = facts
             _log.info("verifier %s joined", facts.replica_id)
 
     async def _drop(self, replica_id: str) -> None:
         link = self._links.pop(replica_id)
-        del self._joined_s[replica_id], self._described[replica_id]
+        del self._joined_s[replica_id], self._facts[replica_id]
         self._prefixes.forget(replica_id)
         await link.close()
         _log.info("verifier %s left: %s", replica_id, link.lost)

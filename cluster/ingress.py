@@ -52,7 +52,7 @@ class Router:
         self._options = HttpOptions(
             config.max_body_bytes, _secret(config), config.show_docs, self._other_families, self._decision, watch or no_draft_workers
         )
-        fleet = Fleet(self._discover, self._connect)
+        fleet = Fleet(self._discover, self._connect, config.move_kv)
         await fleet.start()
         tokenizer = await asyncio.to_thread(_load_tokenizer, config)
         while fleet.facts is None:

@@ -172,6 +172,10 @@ class ServeConfig(BaseModel):
     replay_wait_s: float = Field(
         default=60.0, ge=0.0, le=3600.0, description="longest wait for another verifier when one dies under a running stream"
     )
+    move_kv: bool = Field(
+        default=True,
+        description="let verifiers fetch KV from one another: running requests when one shuts down, long prefixes where that is faster",
+    )
     drain_s: float = Field(default=600.0, ge=0.0, le=86400.0, description="longest wait for running streams when a replica stops")
     service_classes: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")], ServiceClass] = Field(
         default={}, description="latency budgets by name, as JSON on the command line: " + '{"chat": {"ttft_ms": 500, "tpot_ms": 30}}'

@@ -76,6 +76,7 @@ class Meter:
         self._tokens = self._counter("generation_tokens", "Tokens generated.").labels(model_name)
         self._errors = self._counter("http_errors", "Error responses, by status.", "status")
         self._replays = self._counter("replays", "Requests continued on another verifier after theirs was lost.").labels(model_name)
+        self._moves = self._counter("moves", "Requests continued on another verifier since theirs was shutting down.").labels(model_name)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
         histogram = Histogram(f"dspark_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
@@ -104,11 +105,12 @@ class Meter:
         self._chunk_tokens.observe(num_tokens)
         self._tokens.inc(num_tokens)
 
-    def ended(self, timing: Timing, now: float, finishes: Iterable[str], num_replays: int) -> None:
+    def ended(self, timing: Timing, now: float, finishes: Iterable[str], num_replays: int, num_moves: int) -> None:
         """A response is complete, or its client left."""
         for finish in finishes:
             self._requests.labels(self.model_name, finish).inc()
         self._replays.inc(num_replays)
+        self._moves.inc(num_moves)
         self._e2e.observe(now - timing.arrived)
         if timing.first is not None and timing.last is not None and timing.num_tokens > 1:
             self._tpot.observe((timing.last - timing.first) / (timing.num_tokens - 1))

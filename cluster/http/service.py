@@ -158,8 +158,9 @@ class Job:
             choice.generation.close()
         finishes = [choice.finish or Finish.ABORT for choice in self.choices]
         replays = sum(choice.generation.num_replays for choice in self.choices)
+        moves = sum(choice.generation.num_moves for choice in self.choices)
         now = time.monotonic()
-        self.service.meter.ended(self._timing, now, finishes, replays)
+        self.service.meter.ended(self._timing, now, finishes, replays, moves)
         for choice in self.choices:
             self.service.ledger.closed(choice.watch, now, choice.finish is not None, choice.has_failed)
 

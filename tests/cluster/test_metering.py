@@ -24,7 +24,7 @@ def one_request() -> Meter:
     meter.took(7)
     meter.chunk(timing, 10.5, None, 1)
     meter.chunk(timing, 10.8, 10.5, 3)
-    meter.ended(timing, 11.0, [Finish.STOP], 1)
+    meter.ended(timing, 11.0, [Finish.STOP], 1, 2)
     return meter
 
 
@@ -42,11 +42,12 @@ def test_times_and_tokens() -> None:
     assert values["dspark_requests_total", (("finished_reason", "stop"), *MODEL)] == 1
     assert values["vllm:request_success_total", (("finished_reason", "stop"), *MODEL)] == 1
     assert values["dspark_replays_total", MODEL] == 1
+    assert values["dspark_moves_total", MODEL] == 2
 
 
 def test_a_request_without_tokens_has_no_token_times() -> None:
     meter = Meter("m")
-    meter.ended(Timing(1.0), 3.0, [Finish.ABORT], 0)
+    meter.ended(Timing(1.0), 3.0, [Finish.ABORT], 0, 0)
     values = series(meter.families())
     assert values["dspark_time_to_first_token_seconds_count", MODEL] == 0
     assert values["dspark_time_per_output_token_seconds_count", MODEL] == 0

@@ -34,7 +34,7 @@ class Cluster:
 
     def __init__(self, model: Path) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port())}"
-        self._args = {"engine": {"model": str(model), "max_num_seqs": 8}}
+        self._args = {"engine": {"model": str(model), "max_num_seqs": 8}, "move_kv": False}
         ray.init(address="local", include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", object_store_memory=2**27)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=QUIET)
 

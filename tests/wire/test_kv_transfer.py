@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
@@ -56,6 +57,7 @@ class End:
         finally:
             await link.close()
             await self.server.stop()
+            gc.collect()  # gRPC's servers must go while their event loop runs
 
 
 @pytest.fixture

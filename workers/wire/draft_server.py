@@ -127,8 +127,9 @@ class DraftWireServer(DraftWorkerServicer):
             session.end()
         if self._ticker is not None:
             self._ticker.cancel()
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(grace_s)
 
     @property
     def num_sessions(self) -> int:

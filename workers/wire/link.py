@@ -46,13 +46,17 @@ class Host(Protocol):
         """Verify at most this share of the longest draft from now on."""
 
 
+class VerifierLeaves(Exception):
+    """Said once to a flight that asked to be told: its verifier takes no more requests and will end when the running ones have."""
+
+
 class Flight:
     """The outcomes of one request on one verifier, in order; iterating ends after the outcome that carries ``finish``.
 
     Raises ``WorkerLost`` when the verifier goes away first. ``close`` cancels the request unless it has ended.
     """
 
-    __slots__ = ("_accepted", "_done", "_link", "_queue", "is_shown", "num_tokens", "request_id", "was_heard")
+    __slots__ = ("_accepted", "_done", "_link", "_queue", "_wants_to_know", "is_shown", "num_tokens", "request_id", "was_heard")
 
     def __init__(self, link: Link, request: Request) -> None:
         self.request_id = request.id
@@ -60,7 +64,8 @@ class Flight:
         self.is_shown = False  # by the link's latest view
         self.was_heard = False
         self._link = link
-        self._queue: asyncio.Queue[StepOutcome | DSparkError] = asyncio.Queue()
+        self._queue: asyncio.Queue[StepOutcome | DSparkError | VerifierLeaves] = asyncio.Queue()
+        self._wants_to_know = False
         self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._done = False
 
@@ -71,6 +76,8 @@ class Flight:
         if self._done:
             raise StopAsyncIteration
         item = await self._queue.get()
+        if isinstance(item, VerifierLeaves):
+            raise item
         if isinstance(item, DSparkError):
             self._done = True
             raise item
@@ -96,6 +103,17 @@ class Flight:
     def close(self) -> None:
         """Forget the request; the verifier is told to stop it if it still runs there."""
         self._link.release(self)
+
+    def tell_when_leaving(self) -> None:
+        """Let iterating raise ``VerifierLeaves`` once, now or later; it can go on afterwards."""
+        self._wants_to_know = True
+        if self._link.is_draining:
+            self.leaves()
+
+    def leaves(self) -> None:
+        if self._wants_to_know:
+            self._wants_to_know = False
+            self._queue.put_nowait(VerifierLeaves())
 
     def put(self, item: StepOutcome | DSparkError) -> None:
         if isinstance(item, DSparkError) and not self._accepted.done():
@@ -143,6 +161,11 @@ class Link(ABC):
     def in_flight(self) -> int:
         """Requests of this router that are at this verifier."""
         return len(self._flights)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the verifier said that it takes no more requests."""
+        return self._status is not None and self._status.view.draining
 
     @property
     def unseen(self) -> tuple[int, int, int]:
@@ -215,6 +238,8 @@ class Link(ABC):
         self._num_left = 0
         for flight in self._flights.values():
             flight.is_shown = flight.is_accepted
+            if status.view.draining:
+                flight.leaves()
 
     def _fell(self, reason: str) -> None:
         """Mark the link lost and tell every flight."""

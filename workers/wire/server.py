@@ -198,8 +198,9 @@ class WireServer(VerifierServicer):
             session.end()
         if self._ticker is not None:
             self._ticker.cancel()
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(grace_s)
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on and tell every router; running requests go on."""

@@ -165,7 +165,7 @@ def test_three_servings_take_turns(fleet: Fleet, tmp_path: Path, capsys: pytest.
     for body in [*adaptive.bodies, *plain.bodies]:
         by_salt.setdefault(body["cache_salt"], []).append(body["messages"][0]["content"])
     assert sorted(map(len, by_salt.values())) == [8, 8, *[12] * 6]
-    turns = [tuple(prompts) for prompts in by_salt.values() if len(prompts) == 12]
+    turns = [tuple(sorted(prompts)) for prompts in by_salt.values() if len(prompts) == 12]
     assert sorted(Counter(turns).values()) == [3, 3]
     printed = capsys.readouterr().out
     assert "adaptive+budgets / plain: " in printed

@@ -334,7 +334,7 @@ def test_a_bad_network_costs_drafts_only(fault: str, rate: float) -> None:
         side.feed("r", 10)
         for base_len in range(11, 50):
             side.feed("r", base_len, base_len - 1, base_len - 2, sampling=RATIO)
-            if (tree := side.draft("r", wait_s=0.02)) is not None:
+            if (tree := side.draft("r", wait_s=0.1)) is not None:
                 alone = near()
                 alone.feed("r", base_len, sampling=RATIO)
                 expected = alone.draft("r")

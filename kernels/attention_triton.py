@@ -105,7 +105,7 @@ def rotate_store(
     tl.store(target + HALF, plain_right.to(dtype), mask=is_value & (slot >= 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "window"])
 def attend(
     query,
     key_cache,

@@ -28,6 +28,7 @@ MAX_TREE_TOKENS = 63  # a node's ancestors are bits of an int64, whose sign is n
 MIN_TILE_ROWS, MAX_TILE_ROWS = 16, 64  # 16 is the least a matrix product takes
 MAX_SPLITS = 16
 NUM_COUNTERS = 4096
+MIN_ROWS_BLOCK = 64  # row bounds that a program reads at once: fewer cost the same, and another compilation
 _COUNTERS: dict[torch.device, Tensor] = {}
 PROGRAMS_A_PROCESSOR = 2  # that should be at work before contexts are left whole
 
@@ -185,7 +186,7 @@ def launch(
         TILE_ROWS=cut.rows,
         TILE_KEYS=cut.keys,
         SPLITS=cut.splits,
-        ROWS_BLOCK=power_of_2(batch.num_rows),
+        ROWS_BLOCK=max(MIN_ROWS_BLOCK, power_of_2(batch.num_rows)),
         HAS_ANCESTORS=batch.ancestors is not None,
         HAS_WINDOW=shape.window is not None,
         HAS_SOFTCAP=shape.softcap is not None,

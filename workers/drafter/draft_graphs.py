@@ -239,8 +239,12 @@ class DraftGraphs:
         """Where the fields of so many rows lie, and where their tables begin, in 32-bit words."""
         sizes = dict.fromkeys(INT64_FIELDS, 2 * size)
         sizes |= {"temperatures": size, "coupled": size, "table_starts": size}
-        ends = np.cumsum(list(sizes.values())).tolist()
-        return {name: (end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}, ends[-1]
+        spans: dict[str, tuple[int, int]] = {}
+        begin = 0
+        for name, count in sizes.items():
+            spans[name] = (begin, begin + count)
+            begin += -(-count // 4) * 4  # kernels are compiled anew for pointers that do not begin at 16 bytes
+        return spans, begin
 
     def _send(
         self,

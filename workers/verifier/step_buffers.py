@@ -41,6 +41,11 @@ class Layout:
     tables: int  # where they begin
 
 
+def aligned(num_words: int) -> int:
+    """Room for so many words, so that what follows begins at 16 bytes: kernels are compiled anew for pointers that do not."""
+    return -(-num_words // 4) * 4
+
+
 @lru_cache(maxsize=256)
 def layout(num_tokens: int, num_rows: int) -> Layout:
     sizes = dict.fromkeys(INT64_FIELDS, 2 * num_tokens)
@@ -49,7 +54,7 @@ def layout(num_tokens: int, num_rows: int) -> Layout:
     begin = 0
     for name, size in sizes.items():
         spans[name] = (begin, begin + size)
-        begin += size
+        begin += aligned(size)
     return Layout(num_tokens, num_rows, spans, begin)
 
 
@@ -72,13 +77,13 @@ class StepBuffers:
         self.max_tokens = max_tokens
         self.max_rows = max_rows + 1
         words = layout(max_tokens, self.max_rows).tables + max_blocks
-        self._own_words = 2 * max_tokens
+        self._own_words = aligned(2 * max_tokens)
         self._device = torch.zeros(self._own_words + words + words % 2, dtype=torch.int32, device=device)
         is_cuda = device.type == "cuda"
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
         self._words: list[NDArray[np.int32]] = [pinned.numpy() for pinned in self._pinned]
         self._turn = 0
-        self._own_tokens = self._device[: self._own_words].view(torch.int64)
+        self._own_tokens = self._device[: 2 * max_tokens].view(torch.int64)
         self.matched = torch.zeros(max_tokens, dtype=torch.bool, device=device)  # whether the token behind a wanted one is its best
 
     @property
@@ -121,7 +126,7 @@ class StepBuffers:
         real, rows = len(step.positions), len(step.lengths)
         fields = {name: words[slice(*span)] for name, span in plan.spans.items()}
         fields |= {name: fields[name].view(np.int64) for name in INT64_FIELDS}
-        own = self.max_tokens
+        own = self._own_words // 2  # where ``ids`` begin behind ``own``
         if step.source is None:
             fields["ids"][:real] = step.ids
             fields["ids"][real:] = 0

@@ -12,12 +12,13 @@ from helpers.draft_modules import random_module
 from helpers.draft_workers import Workers, draft_workers
 from helpers.drafters import KnownTexts
 from helpers.engines import FLAT, greedy, make_engine, run, tiny_target
+from helpers.repeats import FAULT_REPEATS
 
 from dspark.sampling import SamplingParams
 from dspark.types import Request
 from dspark.workers.verifier.targets import Target
 
-PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(4 + 9 * i)] for i in range(6)}
+PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(4 + 3 * i)] for i in range(16)}
 LENGTH = 60
 SEEDED = SamplingParams(temperature=0.9, top_p=0.9, seed=4, max_tokens=LENGTH, ignore_eos=True)
 REQUESTS = {
@@ -112,7 +113,7 @@ def decode(target: Target, kind: str, expected: dict[str, list[int]], faults: Se
         for host in workers.hosts.values():
             host.worker.drafter = KnownTexts(texts, host.worker.pool)
         engine = workers.engine(
-            target, num_blocks=20, wait_s=0.05 if faults else 5.0, costs=FLAT
+            target, num_blocks=40, wait_s=0.05 if faults else 5.0, costs=FLAT
         )  # too few blocks for all: some are preempted and resumed
         with suffering(workers, faults, seed):
             out = run(engine, REQUESTS[kind])
@@ -137,7 +138,7 @@ def test_one_fault(target: Target, plain: dict[str, dict[str, list[int]]], kind:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(FAULT_REPEATS))
 @pytest.mark.parametrize("kind", list(REQUESTS))
 def test_all_faults_at_once(target: Target, plain: dict[str, dict[str, list[int]]], kind: str, seed: int) -> None:
     decode(target, kind, plain[kind], FAULTS, seed, 3)

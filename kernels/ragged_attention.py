@@ -26,11 +26,11 @@ from dspark.kernels.paged_attention import AttentionRow, AttentionShape, PagedBa
 
 MAX_TREE_TOKENS = 63  # a node's ancestors are bits of an int64, whose sign is not used
 MIN_TILE_ROWS, MAX_TILE_ROWS = 16, 64  # 16 is the least a matrix product takes
-MAX_SPLITS = 16
 NUM_COUNTERS = 4096
-MIN_ROWS_BLOCK = 64  # row bounds that a program reads at once: fewer cost the same, and another compilation
+ROWS_BLOCKS = (64, 512)  # row bounds that a program reads at once: each size is a compilation
 _COUNTERS: dict[torch.device, Tensor] = {}
-PROGRAMS_A_PROCESSOR = 2  # that should be at work before contexts are left whole
+SPLITS = (16, 4)  # few choices: each is a compilation
+PROGRAMS_A_PROCESSOR = 4  # that splitting makes at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,7 @@ def tiling(num_tokens: int, num_rows: int, longest: int, heads: int, kv_heads: i
     rows = min(max(power_of_2(group * longest), MIN_TILE_ROWS, power_of_2(group)), max(MAX_TILE_ROWS, power_of_2(group)))
     tokens = rows // group
     programs = (num_tokens // tokens + num_rows) * kv_heads
-    splits = 1
-    while splits < MAX_SPLITS and programs * splits * 2 <= PROGRAMS_A_PROCESSOR * num_processors:
-        splits *= 2
+    splits = next((count for count in SPLITS if programs * count <= PROGRAMS_A_PROCESSOR * num_processors), 1)
     return Tiling(tokens, rows, 64 if head_dim <= 128 else 32, splits, 4, 2)
 
 
@@ -186,7 +184,7 @@ def launch(
         TILE_ROWS=cut.rows,
         TILE_KEYS=cut.keys,
         SPLITS=cut.splits,
-        ROWS_BLOCK=max(MIN_ROWS_BLOCK, power_of_2(batch.num_rows)),
+        ROWS_BLOCK=next((size for size in ROWS_BLOCKS if size >= batch.num_rows), power_of_2(batch.num_rows)),
         HAS_ANCESTORS=batch.ancestors is not None,
         HAS_WINDOW=shape.window is not None,
         HAS_SOFTCAP=shape.softcap is not None,

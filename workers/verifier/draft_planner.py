@@ -15,6 +15,7 @@ import numpy as np
 from dspark.types import DraftTree, Mode
 from dspark.workers.verifier.costs import Floats, LiveCosts
 from dspark.workers.verifier.draft_policy import DraftPolicy
+from dspark.workers.verifier.draft_worth import DraftWorth
 from dspark.workers.verifier.planner import Pace, Ranking, best_count, count_within, early_stop, pack, rank
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.survival import SurvivalEstimator
@@ -78,6 +79,7 @@ class DraftPlanner:
     looks_back: bool = False
     runs_ahead: bool = False  # plain steps are launched before their turn
     speculation_limit: float = 1.0
+    worth: DraftWorth = field(default_factory=DraftWorth)
     budget: int = 0  # drafted tokens that the last plan admitted
     is_paused: bool = False  # whether adaptive requests decode plainly now
     _drafts_a_row: float = 0.0  # running mean
@@ -129,7 +131,8 @@ class DraftPlanner:
         if self.runs_ahead:  # the host's work lies under such steps
             seconds[0] = self.costs.plain_seconds(len(rows), context)
         share = context * len(drafting) // len(rows)
-        self._last_depth = min(most, self.policy.depth(len(rows), len(drafting), share, self.costs.table, seconds))
+        depth = min(most, self.policy.depth(len(rows), len(drafting), share, self.costs.table, seconds))
+        self._last_depth = depth if depth and self.worth.allows_drafts(len(rows), self.policy.gain) else 0
         self.is_paused = not self._last_depth
         return self._last_depth
 

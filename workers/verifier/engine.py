@@ -187,6 +187,8 @@ class Engine:
             sequence.text = TextStream(self.tokenizer, request.sampling)
             sequence.text.push(sequence.output)
         sequence.stop_ids = self._stop_ids(sequence)
+        if not self.sequences:
+            self._landed_s = 0.0  # what passed since the last step was no work
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
@@ -240,6 +242,9 @@ class Engine:
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
         times.judged_s = self.clock()
+        if times.before_s and all(row.samples and row.num_known == 1 for row in plan.rows):
+            num_tokens = sum(len(verdict.tokens) for verdict in verdicts.values())
+            self.drafts.worth.observe(len(plan.rows), times.num_drafting > 0, num_tokens, times.judged_s - times.before_s)
         if self.on_step is not None:
             self.on_step(plan, times)
         record = self._record(plan, times, verdicts)
@@ -326,8 +331,10 @@ class Engine:
         tokens = flight.best.read()
         self.target.check()
         now_s = self.clock()
-        if self.drafts.costs is not None:
-            self.drafts.costs.observe_plain(len(tokens), flight.context, now_s - self._landed_s)
+        if self._landed_s:
+            self.drafts.worth.observe(len(tokens), False, len(tokens), now_s - self._landed_s)
+            if self.drafts.costs is not None:
+                self.drafts.costs.observe_plain(len(tokens), flight.context, now_s - self._landed_s)
         self._landed_s = now_s
         self.counters.steps += 1
         self.counters.step_tokens += len(tokens)

@@ -10,31 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dspark.workers.verifier.speed import Speed
+
 AUTO_NODES = 8  # of the trees that are tried
 MOST_ROWS = 4  # with more streams drafts are chains
 TREE_ROWS = 2  # streams up to which trees are the first guess
 TRY_EVERY, TRY_FOR = 96, 8  # steps between two tries of the other shape, and their length
 MIN_STEPS = 48.0  # of both shapes before one can replace the other
 BETTER = 1.03
-FADE = 1.0 - 1.0 / 256.0
-
-
-@dataclass(slots=True)
-class _Speed:
-    """Tokens and seconds of the steps with one shape, old ones fading."""
-
-    steps: float = 0.0
-    tokens: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, num_tokens: int, seconds: float) -> None:
-        self.steps = FADE * self.steps + 1.0
-        self.tokens = FADE * self.tokens + num_tokens
-        self.seconds = FADE * self.seconds + seconds
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(slots=True)
@@ -42,8 +25,8 @@ class _Choice:
     """What one number of streams uses, and how both shapes fared there."""
 
     is_tree: bool
-    tree: _Speed = field(default_factory=_Speed)
-    chain: _Speed = field(default_factory=_Speed)
+    tree: Speed = field(default_factory=Speed)
+    chain: Speed = field(default_factory=Speed)
     step: int = 0
 
     def next_is_tree(self) -> bool:

@@ -1,0 +1,43 @@
+"""Drafting or plain decoding: the kind that is faster is used, whatever was predicted; the other is tried now and then."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dspark.workers.verifier.draft_worth import CLEAR_GAIN, TRY_EVERY, TRY_FOR, DraftWorth
+
+
+def share_of_drafts(worth: DraftWorth, rows: int, gain: float, predicted: float, steps: int = 12_000) -> float:
+    """How many of the last two thousand steps drafted, when drafting brings ``gain`` times the tokens a second; noisy steps."""
+    draw, used = random.Random(1), []
+    for _ in range(steps):
+        drafts = worth.allows_drafts(rows, predicted)
+        used.append(drafts)
+        tokens = sum(draw.randint(1, 5) for _ in range(rows)) if drafts else rows
+        worth.observe(rows, drafts, tokens, 0.01 * rows * (3 / gain if drafts else 1.0) * draw.uniform(0.9, 1.1))
+    return sum(used[-2000:]) / 2000
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 200])
+def test_the_faster_kind_is_found_though_the_other_was_predicted(rows: int) -> None:
+    tries = TRY_FOR / TRY_EVERY
+    assert share_of_drafts(DraftWorth(), rows, 1.25, predicted=1.2) == pytest.approx(1 - tries, abs=0.02)
+    assert share_of_drafts(DraftWorth(), rows, 0.8, predicted=1.2) == pytest.approx(tries, abs=0.02)
+
+
+def test_plain_decoding_is_not_tried_where_drafting_is_far_ahead() -> None:
+    assert share_of_drafts(DraftWorth(), 1, 2.0, predicted=CLEAR_GAIN) == 1.0
+
+
+def test_levels_of_load_are_told_apart() -> None:
+    worth = DraftWorth()
+    share_of_drafts(worth, 64, 0.8, predicted=1.2)
+    assert all(worth.allows_drafts(4, 1.2) for _ in range(TRY_EVERY - TRY_FOR - 1))
+
+
+def test_what_was_slower_once_comes_back_when_it_is_faster() -> None:
+    worth = DraftWorth()
+    share_of_drafts(worth, 8, 0.8, predicted=1.2)
+    assert share_of_drafts(worth, 8, 1.4, predicted=1.2, steps=40_000) == pytest.approx(1 - TRY_FOR / TRY_EVERY, abs=0.02)

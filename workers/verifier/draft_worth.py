@@ -1,0 +1,59 @@
+"""Whether drafting brings more tokens a second than plain decoding, found out by measuring both.
+
+The draft policy predicts that from a cost table. Where the prediction is close, what the table leaves out decides: host work between
+steps, drafting beside the device's work, plain steps that run ahead. So each level of load keeps the speed of both kinds of steps, wall
+time from verdict to verdict, uses the kind that was faster, and tries the other one now and then. The choice is made before a
+draft from steps that are over: it can bias no text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dspark.workers.verifier.speed import Speed
+
+TRY_EVERY, TRY_FOR = 192, 6  # steps between two tries of the other kind, and their length
+MIN_STEPS = 24.0  # of both kinds before one can replace the other
+BETTER = 1.03
+CLEAR_GAIN = 1.5  # predicted; above it plain decoding is not tried
+
+
+@dataclass(slots=True)
+class _Level:
+    """One level of load: what it uses, and how both kinds fared there."""
+
+    uses_drafts: bool = True
+    drafting: Speed = field(default_factory=Speed)
+    plain: Speed = field(default_factory=Speed)
+    step: int = 0
+
+    def next_drafts(self, is_close: bool) -> bool:
+        self.step += 1
+        tries = self.step % TRY_EVERY >= TRY_EVERY - TRY_FOR
+        return not (tries and is_close) if self.uses_drafts else tries
+
+    def settle(self) -> None:
+        """Change to the other kind if it is clearly faster."""
+        used, other = (self.drafting, self.plain) if self.uses_drafts else (self.plain, self.drafting)
+        if min(used.steps, other.steps) >= MIN_STEPS and other.tokens_per_s > BETTER * used.tokens_per_s:
+            self.uses_drafts = not self.uses_drafts
+
+
+class DraftWorth:
+    """Answers, for each level of load (streams to the next power of two), whether to draft."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, _Level] = {}
+
+    def allows_drafts(self, num_rows: int, predicted_gain: float) -> bool:
+        """Whether the next step of so many streams may draft; ask once a step in which drafting is predicted to pay."""
+        return self._level(num_rows).next_drafts(predicted_gain < CLEAR_GAIN)
+
+    def observe(self, num_rows: int, was_drafting: bool, num_tokens: int, seconds: float) -> None:
+        """A decode step of ``num_rows`` streams brought ``num_tokens``, ``seconds`` after the one before."""
+        level = self._level(num_rows)
+        (level.drafting if was_drafting else level.plain).add(num_tokens, seconds)
+        level.settle()
+
+    def _level(self, num_rows: int) -> _Level:
+        return self._levels.setdefault(num_rows.bit_length(), _Level())

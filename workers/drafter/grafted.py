@@ -75,6 +75,8 @@ class GraftedModule(FeatureProjection):
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U [..., Vd] of hidden [..., d]."""
-        logits = F.linear(hidden.to(self._lm_head.dtype), self._lm_head)
+        # On one flat axis: with a slice of a block torch would copy the whole head once for every request.
+        flat = hidden.to(self._lm_head.dtype).flatten(0, -2)
+        logits = F.linear(flat, self._lm_head).view(*hidden.shape[:-1], -1)
         cap = self._shared.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -68,17 +68,22 @@ def describe(table: CostTable) -> list[str]:
 
 
 def still_holds(engine: Engine, table: CostTable) -> bool:
-    """Whether steps of two sizes take about what the table says. Warms the engine up."""
+    """Whether steps and draft rounds of two sizes take about what the table says. Warms the engine up."""
     warm_up(engine)
     scratch = _Scratch(engine)
     for num_tokens in (1, 16):
         if num_tokens > scratch.max_rows * ROW_TOKENS:
             continue
         measured = scratch.verify_seconds(num_tokens, NEAR)
-        predicted = table.step_seconds(num_tokens, NEAR * -(-num_tokens // ROW_TOKENS))
-        if not predicted / TRUSTED < measured < predicted * TRUSTED:
+        if not _is_near(measured, table.step_seconds(num_tokens, NEAR * -(-num_tokens // ROW_TOKENS))):
             return False
-    return True
+    depth = (1 + engine.drafter.block_size) // 2
+    counts = {1, min(4, scratch.max_rows)} if engine.drafter.block_size else set()
+    return all(_is_near(scratch.draft_seconds(count, depth, NEAR), table.draft_seconds(count, depth, count * NEAR)) for count in counts)
+
+
+def _is_near(measured_s: float, predicted_s: float) -> bool:
+    return predicted_s / TRUSTED < measured_s < predicted_s * TRUSTED
 
 
 def _measure_verify(scratch: _Scratch) -> tuple[Curve, float]:

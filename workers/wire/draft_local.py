@@ -93,12 +93,16 @@ class _LocalSession:
             return
         data = turns_to_wire(batch).SerializeToString()
         self.bytes_sent += len(data)
+        if (spoilt := self._spoil(data)) is None:
+            return
         try:
-            if (spoilt := self._spoil(data)) is not None:
-                message = pb.Turns.FromString(spoilt)
-                self._host.submit(self._key, turns_from_wire(message, self._host.layout), self._answer)
+            arrived = turns_from_wire(pb.Turns.FromString(spoilt), self._host.layout)
         except (WireError, DecodeError) as error:
             self.fall(str(error))
+            return
+        with self._lock:  # nothing may reach the worker behind the session's end: nobody would ever close it
+            if self._is_open:
+                self._host.submit(self._key, arrived, self._answer)
 
     def close_requests(self, request_ids: Sequence[str]) -> None:
         if self._is_open:

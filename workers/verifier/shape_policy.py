@@ -14,7 +14,7 @@ from dspark.workers.verifier.speed import Speed
 
 AUTO_NODES = 8  # of the trees that are tried
 MOST_ROWS = 4  # with more streams drafts are chains
-TREE_ROWS = 2  # streams up to which trees are the first guess
+TREE_ROWS = 1  # streams up to which trees are the first guess
 TRY_EVERY, TRY_FOR = 96, 8  # steps between two tries of the other shape, and their length
 MIN_STEPS = 48.0  # of both shapes before one can replace the other
 BETTER = 1.03

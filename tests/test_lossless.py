@@ -50,6 +50,7 @@ from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.draft_policy import DraftPolicy
+from dspark.workers.verifier.draft_worth import DraftWorth
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.survival import make_estimator
 from dspark.workers.verifier.targets import as_target, load_model, load_tokenizer
@@ -412,6 +413,7 @@ def test_greedy_text_is_the_same_with_every_drafter(smollm: tuple[Engine, list[R
     for name, drafter in drafters.items():
         engine.drafter, engine.drafts.policy = drafter, DraftPolicy(drafter.block_size)
         engine.drafts.survival = make_estimator("constant", drafter.block_size, drafter.signals)  # forgets the drafter before
+        engine.drafts.worth = DraftWorth()
         engine.set_costs(FLAT)
         begin = engine.counters.drafted
         out = run(engine, requests)

@@ -25,7 +25,6 @@ from dspark.cluster.secure import tls_files
 from dspark.config import EngineConfig, ServeConfig
 from dspark.drafting import DraftHost, DraftWorkerFacts
 from dspark.errors import DSparkError, WorkerLost
-from dspark.workers.wire.draft_server import DraftWireServer
 
 DISCOVERY_TIMEOUT_S: Final = 2.0
 DRAIN_S: Final = 5.0  # for verifiers to go to other workers, where there are any
@@ -78,6 +77,8 @@ class DraftWorkerReplica:
             raise
         self._ready.host.start()
         token = secrets.token_hex(32)
+        from dspark.workers.wire.draft_server import DraftWireServer  # imports torch, which reads the number of cores
+
         self._server = DraftWireServer(self._ready.host, replica_id, token, tls_files(config))
         address = await self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._facts = DraftWorkerFacts(replica_id, address, token)

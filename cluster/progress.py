@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import Final
 
 from ray.experimental import internal_kv
@@ -40,7 +41,8 @@ class Progress:
 
 
 def give_cores_back(config: EngineConfig) -> None:
-    """Ray sets OMP_NUM_THREADS=1 for actors without whole CPUs; torch reads it when it is imported, which is later."""
+    """Ray sets OMP_NUM_THREADS=1 for actors without whole CPUs; torch reads it when it is imported, which must be later."""
+    assert "torch" not in sys.modules, "torch was imported before its number of threads was set"
     if config.threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)
     else:

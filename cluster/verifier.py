@@ -35,7 +35,6 @@ from dspark.kv_blocks import KVExchange
 from dspark.router.drafters import assign_by_load
 from dspark.workers.wire.codec import PROTOCOL
 from dspark.workers.wire.link import Host
-from dspark.workers.wire.server import WireServer
 from dspark.workers.wire.tls import TlsFiles
 
 if TYPE_CHECKING:
@@ -133,6 +132,8 @@ class Verifier:
         self._ready.host.start()
         self._token = secrets.token_hex(32)
         self._fingerprint = fingerprint_of(self._ready)
+        from dspark.workers.wire.server import WireServer  # imports torch, which reads the number of cores
+
         self._server = WireServer(self._ready.host, replica_id, self._fingerprint, self._token, tls, self._ready.exchange)
         address = await self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._facts = ReplicaFacts(

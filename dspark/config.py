@@ -21,7 +21,7 @@ class EngineConfig(BaseModel):
 
     model: str | None = Field(default=None, description="folder or hub name of the target; None is the embedded model")
     revision: str | None = Field(default=None, description="revision of a hub model")
-    drafter: str = Field(default="auto", description="auto, none, ngram, or the folder of a DSpark drafter")
+    drafter: str = Field(default="auto", description="auto, none, ngram, or the folder of a drafter")
     speculation: str = Field(default="adaptive", description="off, static:K, adaptive, adaptive:K, shadow or tree:NODES")
     dtype: DType = Field(default="auto", description="auto is bfloat16 where the device has it")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")

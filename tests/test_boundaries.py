@@ -312,6 +312,12 @@ def test_importing_dspark_loads_nothing_heavy() -> None:
     assert run_python(f"import numpy; {probe}") == "['numpy']"
 
 
+def test_replicas_load_torch_only_when_they_have_set_its_threads() -> None:
+    """Ray starts actors with OMP_NUM_THREADS=1, which torch would keep if it were imported with the replica's module."""
+    modules = "dspark.cluster.app, dspark.cluster.ingress, dspark.cluster.verifier, dspark.cluster.draft_worker, dspark.cluster.ranks"
+    assert run_python(f"import sys, {modules}; print('torch' in sys.modules)") == "False"
+
+
 def test_no_room_but_cluster_needs_ray_or_a_web_server() -> None:
     """Every module outside cluster/ and bench/ loads where Ray, FastAPI and gRPC are not installed."""
     modules = [

@@ -26,6 +26,13 @@ def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
 
 
+def extend_hashes(hashes: list[bytes], tokens: Sequence[int], num_blocks: int, block_size: int, cache_salt: str) -> None:
+    """Bring the chained hashes of the full blocks of ``tokens`` up to ``num_blocks``: the name of a prefix wherever its KV is kept."""
+    for index in range(len(hashes), num_blocks):
+        parent = hashes[-1] if hashes else root_hash(cache_salt)
+        hashes.append(chain_hash(parent, tokens[index * block_size : (index + 1) * block_size]))
+
+
 class BlockPool:
     """Hands out blocks to requests; every method leaves the invariants of ``check`` intact."""
 

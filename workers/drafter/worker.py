@@ -15,7 +15,7 @@ from typing import Any
 
 from dspark.drafting import DraftBatch, Held, TurnBatch
 from dspark.types import Drafter, DraftTree, DraftTurn
-from dspark.workers.blocks import BlockPool, chain_hash, root_hash
+from dspark.workers.blocks import BlockPool, extend_hashes
 
 Key = tuple[str, str]  # session, request id
 
@@ -159,7 +159,7 @@ class DraftWorker:
         """A context with what the cache has of the positions before the anchor."""
         size = self.pool.block_size
         hashes: list[bytes] = []
-        _extend(hashes, turn.tokens, (turn.base_len - 1) // size, size, turn.cache_salt)
+        extend_hashes(hashes, turn.tokens, (turn.base_len - 1) // size, size, turn.cache_salt)
         self._num_opened += 1
         context = _Context(f"{self._num_opened}:{key[1]}", [], hashes, turn.cache_salt, 0)
         context.have = self.pool.open(context.id, hashes) * size
@@ -172,7 +172,7 @@ class DraftWorker:
         if not self.pool.grow(context.id, end):
             return False
         size = self.pool.block_size
-        _extend(context.hashes, context.tokens, end // size, size, context.cache_salt)
+        extend_hashes(context.hashes, context.tokens, end // size, size, context.cache_salt)
         for block in range(context.have // size, end // size):
             self.pool.register(context.id, block, context.hashes[block])
         self.counters.stored_positions += end - context.have
@@ -199,10 +199,3 @@ def _beyond(turn: DraftTurn, have: int) -> Any:
     if turn.features is None or not turn.feature_start <= have < turn.feature_start + len(turn.features):
         return None
     return turn.features[have - turn.feature_start :]
-
-
-def _extend(hashes: list[bytes], tokens: Sequence[int], num_blocks: int, size: int, cache_salt: str) -> None:
-    """Bring the chained hashes of the full blocks of ``tokens`` up to ``num_blocks``."""
-    for index in range(len(hashes), num_blocks):
-        parent = hashes[-1] if hashes else root_hash(cache_salt)
-        hashes.append(chain_hash(parent, tokens[index * size : (index + 1) * size]))

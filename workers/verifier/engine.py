@@ -232,7 +232,6 @@ class Engine:
         plan, result = self._begin(times) if self._drafted is None else self._resume(times, self._drafted)
         if result is None:
             return []
-        self._drafted = None
         depth = self._depth_ahead(plan)
         if depth == 0:
             self._flight = self.ahead.after_step(plan, result, self.sequences)
@@ -242,12 +241,11 @@ class Engine:
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
         times.judged_s = self.clock()
-        if times.before_s and all(row.samples and row.num_known == 1 for row in plan.rows):
-            num_tokens = sum(len(verdict.tokens) for verdict in verdicts.values())
-            self.drafts.worth.observe(len(plan.rows), times.num_drafting > 0, num_tokens, times.judged_s - times.before_s)
         if self.on_step is not None:
             self.on_step(plan, times)
         record = self._record(plan, times, verdicts)
+        if times.before_s and not record.num_prefill:
+            self.drafts.worth.observe(record.num_rows, times.num_drafting > 0, record.num_committed, times.judged_s - times.before_s)
         if self.options.overlapped:
             self.aside.run(partial(self._learn, record))
         else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark.errors import ProtocolMismatch
 from dspark.kv_blocks import BlockPart, KeepsBlocks, KVBlocks, KVLayout, TransferStats
 from dspark.types import Request
-from dspark.workers.blocks import BlockPool, chain_hash, root_hash
+from dspark.workers.blocks import BlockPool, extend_hashes
 from dspark.workers.verifier.attention import KVStore
 from dspark.workers.verifier.engine import Engine
 
@@ -103,10 +103,9 @@ class EngineExchange:
         if request.sampling.prompt_logprobs is not None or not self._has_cache:
             return []  # its tokens are computed whatever anybody has
         size, tokens = self._pool.block_size, request.prompt_token_ids
-        hashes = [root_hash(request.cache_salt)]
-        for index in range((len(tokens) - 1) // size):  # the last known token is always computed
-            hashes.append(chain_hash(hashes[-1], tokens[index * size : (index + 1) * size]))
-        return hashes[1:]
+        hashes: list[bytes] = []
+        extend_hashes(hashes, tokens, (len(tokens) - 1) // size, size, request.cache_salt)  # the last known token is always computed
+        return hashes
 
     def held(self, hashes: Sequence[bytes]) -> Future[int]:
         return self._on_engine(lambda: self._pool.count_hits(hashes))

@@ -26,7 +26,7 @@ from dspark.workers.verifier.verdict import Verdict
 
 @dataclass(slots=True)
 class StepResult:
-    """What a forward leaves: logits [L, V] of the wanted tokens and taps [T, m * d] of all real tokens.
+    """What a forward leaves: logits [L, V] of the wanted tokens and taps [T, m * d] of all tokens, padding at the tail included.
 
     ``first_row[i]`` is the first logits row of plan row i: ``1 + num_draft`` rows if it samples, preceded by
     ``num_scored[i]`` rows that only score prompt tokens. ``best``: the best token of each logits row where the device has found it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dspark.sampling import SamplingParams
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
-from dspark.workers.blocks import chain_hash, root_hash
+from dspark.workers.blocks import extend_hashes
 from dspark.workers.verifier.draft_policy import Rest
 from dspark.workers.verifier.laws import has_penalties
 from dspark.workers.verifier.text import TextStream
@@ -115,10 +115,7 @@ class Sequence:
 
     def hashes(self, block_size: int, num_blocks: int) -> list[bytes]:
         """Chained hashes of the first ``num_blocks`` full blocks of known tokens."""
-        while len(self._hashes) < num_blocks:
-            index = len(self._hashes)
-            parent = self._hashes[-1] if self._hashes else root_hash(self.request.cache_salt)
-            self._hashes.append(chain_hash(parent, self.tokens[index * block_size : (index + 1) * block_size]))
+        extend_hashes(self._hashes, self.tokens, num_blocks, block_size, self.request.cache_salt)
         return self._hashes[:num_blocks]
 
     @staticmethod

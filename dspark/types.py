@@ -157,7 +157,8 @@ class DraftLaw:
 
 
 @lru_cache
-def _chain_parents(count: int) -> tuple[int, ...]:
+def chain_parents(count: int) -> tuple[int, ...]:
+    """The parents of a chain of so many nodes."""
     return tuple(range(-1, count - 1))
 
 
@@ -190,7 +191,7 @@ class DraftTree:
         margin: Sequence[float] = (),
     ) -> DraftTree:
         """A tree without branches."""
-        return DraftTree(request_id, base_len, tuple(tokens), _chain_parents(len(tokens)), tuple(confidence), law, tuple(margin))
+        return DraftTree(request_id, base_len, tuple(tokens), chain_parents(len(tokens)), tuple(confidence), law, tuple(margin))
 
     def first(self, count: int) -> DraftTree:
         """The first ``count`` nodes, with their laws."""
@@ -209,7 +210,7 @@ class DraftTree:
 
     @property
     def is_chain(self) -> bool:
-        return self.parents == _chain_parents(len(self.parents))
+        return self.parents == chain_parents(len(self.parents))
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,16 +383,16 @@ class DraftsAhead(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Continuation:
-    """A greedy row of a step that is under way: ``num_draft`` drafts were verified behind ``base_len`` known tokens.
+class Continuations:
+    """R greedy rows of a step that is under way: ``num_drafts`` [R] were verified behind ``base_lens`` [R] known tokens.
 
-    ``first_row``: where the step leaves the target's best token after the anchor; those after each draft follow.
+    ``first_rows`` [R]: where the step leaves the target's best token after the anchor; those after each draft follow. All int64.
     """
 
-    request_id: str
-    base_len: int
-    num_draft: int
-    first_row: int
+    request_ids: Sequence[str]
+    base_lens: Any
+    num_drafts: Any
+    first_rows: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,12 +409,29 @@ class DeviceDrafts:
     slots: Any
 
 
+@dataclass(frozen=True, slots=True)
+class DraftedChains:
+    """Drafts of R requests side by side on the host: tokens, confidence, margin [R, γ] behind ``anchors`` [R] at ``positions`` [R]."""
+
+    tokens: Any
+    confidence: Any
+    margin: Any
+    anchors: Any
+    positions: Any
+
+
 @runtime_checkable
 class ContinuesSteps(Protocol):
     """A drafter on the target's own device, which finds out there what a step accepted, and drafts on before the host knows."""
 
-    def continue_step(self, rows: Sequence[Continuation]) -> DeviceDrafts:
+    def continue_step(self, rows: Continuations) -> DeviceDrafts:
         """Draft for the rows of the step that was launched last; the next ``propose`` may turn out to want other drafts."""
+
+    def continued(self) -> DraftedChains:
+        """What the last ``continue_step`` drafted, in its order, in place of a ``propose`` and a ``collect``; waits for it."""
+
+    def follow(self, request_ids: Sequence[str], base_lens: Sequence[int], anchors: Sequence[int]) -> None:
+        """Requests whose drafts were taken that way have so many known tokens now, the last of them ``anchors``."""
 
 
 class BlockTables(Protocol):

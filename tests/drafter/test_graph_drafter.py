@@ -51,10 +51,12 @@ def requests(**params: Any) -> list[Request]:
 
 
 def assert_same_trees(expected: Spy, actual: Spy) -> None:
+    """A step that is launched ahead drafts for requests that are about to end, too, and as much as for the others."""
     assert len(expected.trees) > 10
-    assert expected.trees.keys() == actual.trees.keys()
+    assert expected.trees.keys() <= actual.trees.keys()
+    assert len(actual.trees) <= len(expected.trees) + len(PROMPTS)
     for key, tree in expected.trees.items():
-        other = actual.trees[key]
+        other = actual.trees[key].first(len(tree.tokens))
         assert (other.tokens, other.parents) == (tree.tokens, tree.parents)
         assert other.confidence == pytest.approx(tree.confidence, abs=1e-4)
         assert other.margin == pytest.approx(tree.margin, abs=1e-3)
@@ -137,9 +139,9 @@ def test_drafts_are_begun_behind_the_step(target: Target, monkeypatch: pytest.Mo
     for name in launched:
         inner = getattr(graphs, name)
 
-        def spy(rows: Any, inner: Any = inner, name: str = name) -> Any:
-            launched[name] += len(rows)
-            return inner(rows)
+        def spy(rows: Any, *tables: Any, inner: Any = inner, name: str = name) -> Any:
+            launched[name] += len(*tables or (rows,))
+            return inner(rows, *tables)
 
         monkeypatch.setattr(graphs, name, spy)
     accepted = run(engine, requests(temperature=0.0))
@@ -176,7 +178,7 @@ def test_an_aborted_request_leaves_the_others_alone(target: Target) -> None:
         engine.add(request)
     for step in range(200):
         if step == 5:
-            assert engine._drafted is not None
+            assert engine.flights.is_drafted
             engine.abort("r1")
             tokens["r1"] = []
             engine.add(next(request for request in requests(temperature=0.0) if request.id == "r1"))

@@ -13,7 +13,18 @@ from helpers import families
 from torch import Tensor
 
 from dspark.sampling import SamplingParams
-from dspark.types import Drafter, DraftTree, Finish, Request, Speculation, StepOutcome
+from dspark.types import (
+    Continuations,
+    ContinuesSteps,
+    DeviceDrafts,
+    DraftedChains,
+    Drafter,
+    DraftTree,
+    Finish,
+    Request,
+    Speculation,
+    StepOutcome,
+)
 from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.none import NoDrafter
 from dspark.workers.verifier.costs import CostTable, Curve
@@ -110,6 +121,29 @@ class Spy:
             return found
 
         engine.drafter.collect = collect  # type: ignore[method-assign]
+        if isinstance(engine.drafter, ContinuesSteps):
+            self._watch_steps(engine, engine.drafter)
+
+    def _watch_steps(self, engine: Engine, drafter: ContinuesSteps) -> None:
+        """Note the chains of steps that are launched ahead, too, each of the request whose anchor it is behind."""
+        names: list[str] = []
+        begin, take = drafter.continue_step, drafter.continued
+
+        def continue_step(rows: Continuations) -> DeviceDrafts:
+            names[:] = rows.request_ids
+            return begin(rows)
+
+        def continued() -> DraftedChains:
+            chains = take()
+            rows = zip(
+                names, chains.positions.tolist(), chains.tokens.tolist(), chains.confidence.tolist(), chains.margin.tolist(), strict=True
+            )
+            for name, position, tokens, confidence, margin in rows:
+                if name in engine.sequences and engine.sequences[name].num_known == position + 1:
+                    self.trees[name, position + 1] = DraftTree.chain(name, position + 1, tokens, confidence, None, margin)
+            return chains
+
+        drafter.continue_step, drafter.continued = continue_step, continued  # type: ignore[method-assign]
 
 
 def assert_same_drafts(expected: Spy, actual: Spy, name: str) -> None:

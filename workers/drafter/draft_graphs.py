@@ -33,7 +33,7 @@ from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.kv_store import store_kv
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
-from dspark.types import DeviceDrafts
+from dspark.types import Continuations, DeviceDrafts, DraftedChains
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.module_config import LayerMask
@@ -64,16 +64,6 @@ class DraftRow:
     seed: int
     temperature: float
     is_coupled: bool
-    table: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class ContinuedRow:
-    """One request's block behind a step under way; ``table`` covers all positions that the step may commit."""
-
-    first_row: int
-    num_drafted: int
-    base_len: int
     table: Sequence[int]
 
 
@@ -155,17 +145,14 @@ class DraftGraphs:
         return self._replay(size, width)
 
     @torch.inference_mode()
-    def continue_step(self, rows: Sequence[ContinuedRow]) -> tuple[GraphDraft, Outcome]:
-        """Draft greedily behind the step that was launched last, before anybody knows what it accepted."""
-        size, count = self._size(len(rows)), len(rows)
-        self._send(
-            size,
-            [row.table for row in rows],
-            np.fromiter((len(row.table) for row in rows), np.int64, count),
-            np.fromiter((row.base_len for row in rows), np.int64, count),
-            first_rows=np.fromiter((row.first_row for row in rows), np.int64, count),
-            drafted=np.fromiter((row.num_drafted for row in rows), np.int64, count),
-        )
+    def continue_step(self, rows: Continuations, tables: Sequence[Sequence[int]]) -> tuple[GraphDraft, Outcome]:
+        """Draft greedily behind the step that was launched last, before anybody knows what it accepted.
+
+        ``tables`` cover all positions that the step may commit.
+        """
+        size = self._size(len(tables))
+        held = np.fromiter(map(len, tables), np.int64, len(tables))
+        self._send(size, tables, held, rows.base_lens, first_rows=rows.first_rows, drafted=rows.num_drafts)
         return self._replay(size, CONTINUING)
 
     def _size(self, num_rows: int) -> int:
@@ -284,28 +271,14 @@ class Outcome:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
-    def read(self) -> list[DraftedBlock]:
-        """Wait for them; one for each row, padding included."""
+    def read(self, count: int) -> DraftedChains:
+        """Wait for them; those of the first ``count`` rows."""
         if self._done is not None:
             self._done.synchronize()
         gamma = self._block_size
-        whole = self._host[:, [*range(gamma), -2, -1]].to(torch.int64).tolist()
-        scores: list[list[float]] = self._host[:, gamma:-2].tolist()
-        return [
-            DraftedBlock(numbers[:gamma], score[:gamma], score[gamma:], numbers[-2], numbers[-1])
-            for numbers, score in zip(whole, scores, strict=True)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class DraftedBlock:
-    """One row's outcome: γ tokens behind ``anchor`` at ``position``."""
-
-    tokens: list[int]
-    confidence: list[float]
-    margin: list[float]
-    anchor: int
-    position: int
+        numbers: NDArray[np.float64] = self._host[:count].numpy().copy()  # the buffer is filled again
+        whole = numbers.astype(np.int64)
+        return DraftedChains(whole[:, :gamma], numbers[:, gamma : 2 * gamma], numbers[:, 2 * gamma : -2], whole[:, -2], whole[:, -1])
 
 
 def num_places(module: DSparkModule) -> int:

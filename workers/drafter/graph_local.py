@@ -15,10 +15,9 @@ from torch import Tensor
 from dspark.kernels.graphs import Capture
 from dspark.kernels.kv_store import store_kv
 from dspark.sampling import AcceptanceRule
-from dspark.types import BlockTables, Continuation, DeviceDrafts, DraftLaw, DraftTree, DraftTurn
+from dspark.types import BlockTables, Continuations, DeviceDrafts, DraftedChains, DraftLaw, DraftTree, DraftTurn
 from dspark.workers.drafter.draft_graphs import (
     GREEDY_WIDTH,
-    ContinuedRow,
     DraftGraphs,
     DraftRow,
     GraphDraft,
@@ -76,16 +75,27 @@ class GraphDrafter(LocalDrafter):
         """Capture the graphs. ``step_tokens``: the best tokens that a step of the target leaves, and which drafts equal them."""
         self._graphs.prepare(capture, step_tokens)
 
-    def continue_step(self, rows: Sequence[Continuation]) -> DeviceDrafts:
+    def continue_step(self, rows: Continuations) -> DeviceDrafts:
         """Launch the next blocks right behind the step, whose verdict they take from the device."""
         self._settle()
-        tables = [self._tables.table(row.request_id) for row in rows]
-        blocks = [ContinuedRow(row.first_row, row.num_draft, row.base_len, table) for row, table in zip(rows, tables, strict=True)]
-        names = [row.request_id for row in rows]
-        found, outcome = self._graphs.continue_step(blocks)
+        names = list(rows.request_ids)
+        found, outcome = self._graphs.continue_step(rows, [self._tables.table(name) for name in names])
         self._launched.append(_Launched(names, found, outcome))
         self._continued = set(names)
         return found.on_device
+
+    def continued(self) -> DraftedChains:
+        """The blocks that were launched behind the step; nothing else may be under way."""
+        (blocks,), self._launched = self._launched, []
+        self._continued = set()
+        return blocks.outcome.read(len(blocks.request_ids))
+
+    def follow(self, request_ids: Sequence[str], base_lens: Sequence[int], anchors: Sequence[int]) -> None:
+        """Bring anchors up to what the host knows now."""
+        states = self._states
+        for request_id, base_len, anchor in zip(request_ids, base_lens, anchors, strict=True):
+            state = states[request_id]
+            state.base_len, state.anchor = base_len, anchor
 
     def propose(self, turns: Sequence[DraftTurn]) -> None:
         """Note what became known, and launch the blocks of all requests that may draft and do not yet."""
@@ -144,9 +154,12 @@ class GraphDrafter(LocalDrafter):
             ids, probs = draft.ids, draft.probs
             if any(state is not None and not state.sampling.is_exact for state in states):
                 ids, probs = ids.clone(), probs.clone()  # the graph's own tensors hold the laws only until it runs again
-            for row, (request_id, state, block) in enumerate(zip(blocks.request_ids, states, blocks.outcome.read(), strict=False)):
-                if state is None or (state.base_len - 1, state.anchor) != (block.position, block.anchor):
+            chains = blocks.outcome.read(len(states))
+            anchors = zip(chains.positions.tolist(), chains.anchors.tolist(), strict=True)
+            drafted = zip(chains.tokens.tolist(), chains.confidence.tolist(), chains.margin.tolist(), strict=True)
+            for row, (state, anchor, (tokens, confidence, margin)) in enumerate(zip(states, anchors, drafted, strict=True)):
+                if state is None or (state.base_len - 1, state.anchor) != anchor:
                     continue
+                request_id = blocks.request_ids[row]
                 law = None if state.sampling.is_exact else DraftLaw(ids[row], probs[row])
-                tree = DraftTree.chain(request_id, state.base_len, block.tokens, block.confidence, law, block.margin)
-                self._ready[request_id] = tree
+                self._ready[request_id] = DraftTree.chain(request_id, state.base_len, tokens, confidence, law, margin)

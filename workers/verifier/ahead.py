@@ -48,13 +48,14 @@ class DraftedFlight:
 
     sequences: list[Sequence]
     num_drafts: int
-    result: StepResult
+    best: BestTokens
 
 
 class RunAhead:
     """Launches plain steps early. ``can_run``: the drafter needs nothing of them on the host."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, pool: BlockPool, can_run: bool) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, pool: BlockPool, max_model_len: int, can_run: bool) -> None:
+        self._max_model_len = max_model_len
         self._runner = runner
         self._scheduler = scheduler
         self._pool = pool
@@ -85,31 +86,30 @@ class RunAhead:
             positions, slots = positions[source], slots[source]
         return self._launch(rows, positions, source, slots)
 
-    def reserve_drafts(self, plan: VerifyPlan, result: StepResult, sequences: list[Sequence]) -> int:
-        """Blocks for the step that verifies the next drafts behind a step under way: how many a row, or 0 where more could happen.
+    def reserve_drafts(self, sequences: list[Sequence], reaches: Ints, num_drafts: int) -> bool:
+        """Take blocks for the step that verifies ``num_drafts`` drafts of each, up to ``reaches`` [R]; False where more could happen.
 
-        ``sequences`` are those of the plan's rows, in order. Reserve before the drafts are launched: they say where KV goes.
+        A request that will have ended before takes part for nothing.
         """
-        num_drafts = max(sequence.draft_depth for sequence in sequences)
-        if not self.can_run or num_drafts < 1 or any(result.num_scored) or not self._is_alone(sequences):
-            return 0
-        reaches = [row.start + row.num_known + row.num_draft + 1 + num_drafts for row in plan.rows]
-        fits = all(reach <= sequence.max_len for reach, sequence in zip(reaches, sequences, strict=True))
-        if not fits or len(sequences) * (num_drafts + 1) > self._runner.max_launched:
-            return 0
-        missing = [self._pool.blocks_for(reach) - len(self._pool.table(s.id)) for s, reach in zip(sequences, reaches, strict=True)]
-        if sum(max(0, count) for count in missing) > self._pool.num_free:
-            return 0
-        for sequence, reach in zip(sequences, reaches, strict=True):
-            if not self._pool.grow(sequence.id, reach):
+        fits = len(sequences) * (num_drafts + 1) <= self._runner.max_launched and int(reaches.max()) <= self._max_model_len
+        if not self.can_run or not fits or not self._is_alone(sequences):
+            return False
+        tables = [self._pool.table(sequence.request.id) for sequence in sequences]
+        missing = -(-reaches // self._pool.block_size) - np.fromiter(map(len, tables), np.int64, len(tables))
+        growing = np.flatnonzero(missing > 0)
+        if int(missing[growing].sum()) > self._pool.num_free:
+            return False
+        for i in growing.tolist():
+            if not self._pool.grow(sequences[i].request.id, int(reaches[i])):
                 raise AssertionError("free blocks were counted before")
+        for sequence, reach in zip(sequences, reaches.tolist(), strict=True):
             sequence.num_reserved = reach
-        return num_drafts
+        return True
 
     def launch_drafts(self, sequences: list[Sequence], drafts: DeviceDrafts, num_drafts: int) -> DraftedFlight:
         """Launch that step, with drafts on the device for each of the sequences."""
         self.launched += 1
-        tables = [self._pool.table(sequence.id) for sequence in sequences]
+        tables = [self._pool.table(sequence.request.id) for sequence in sequences]
         return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(drafts, tables, num_drafts))
 
     def _is_alone(self, sequences: list[Sequence]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dspark.sampling import AcceptanceRule
@@ -52,6 +53,22 @@ class EngineCounters:
         self.accepted_lengths[accepted] += drafted > 0
         self.by_rule[rule].drafted += drafted
         self.by_rule[rule].accepted += accepted
+
+    def count_chains(self, drafted: int, accepted: Sequence[int], rules: Sequence[AcceptanceRule]) -> None:
+        """``count_round`` of requests that each verified ``drafted`` drafts, and accepted so many of them."""
+        count, total = len(accepted), sum(accepted)
+        self.rounds += count
+        self.drafted_rounds += count
+        self.drafted += count * drafted
+        self.accepted += total
+        self.generated += count + total
+        self.windows += [0] * (drafted + 1 - len(self.windows))
+        self.windows[drafted] += count
+        self.accepted_lengths += [0] * (drafted + 1 - len(self.accepted_lengths))
+        for one, rule in zip(accepted, rules, strict=True):
+            self.accepted_lengths[one] += 1
+            self.by_rule[rule].drafted += drafted
+            self.by_rule[rule].accepted += one
 
     def count_plain(self) -> None:
         """Take in a round of one token without drafts, not the first round of all."""

@@ -21,6 +21,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark.types import chain_parents
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -99,6 +101,13 @@ def gather(trees: Sequence[Drafted], names: Sequence[str], num_slots: int) -> No
     return _gather_uneven(trees, names, num_slots)
 
 
+def chain_nodes(confidence: Floats, margin: Floats, names: Sequence[str], num_slots: int) -> Nodes:
+    """``gather`` of chains [R, n] that are arrays already."""
+    signals = {"confidence": (_logits, confidence), "margin": (_bounded_margins, margin)}
+    chosen = tuple(convert(values) for convert, values in map(signals.__getitem__, names))
+    return Nodes(chosen, shape_of(chain_parents(confidence.shape[1]), num_slots).slots, None, None)
+
+
 def _gather_uneven(trees: Sequence[Drafted], names: Sequence[str], num_slots: int) -> Nodes:
     """Drafts of different shapes."""
     shapes = [shape_of(tree.parents, num_slots) for tree in trees]
@@ -154,10 +163,18 @@ def _signal(trees: Sequence[Drafted], name: str, count: int) -> Floats:
             values += tree.margin
         if len(values) != count:
             values = [value for tree in trees for value in tree.margin or (0.0,) * len(tree.parents)]
-        return np.fmin(np.fmax(_floats(values), -MAX_MARGIN), MAX_MARGIN)  # a NaN becomes the bound
+        return _bounded_margins(_floats(values))
     for tree in trees:
         values += tree.confidence
-    chance = np.fmin(np.fmax(_floats(values), MIN_CHANCE), 1.0 - MIN_CHANCE)
+    return _logits(_floats(values))
+
+
+def _bounded_margins(values: Floats) -> Floats:
+    return np.fmin(np.fmax(values, -MAX_MARGIN), MAX_MARGIN)  # a NaN becomes the bound
+
+
+def _logits(confidence: Floats) -> Floats:
+    chance = np.fmin(np.fmax(confidence, MIN_CHANCE), 1.0 - MIN_CHANCE)
     logits: Floats = np.log(chance / (1.0 - chance))
     return logits
 

@@ -108,13 +108,26 @@ class DraftPlanner:
                 share.num_draft = min(num_drafted(sequence), share.num_draft + left)
                 left -= share.num_draft - share.num_commit
 
-    def take_whole(self, trees: Seq[DraftTree]) -> None:
-        """A step verifies these drafts without a plan: what they say of themselves is kept as that of planned ones is."""
-        survival = self.survival.survival(trees)
-        self.budget = sum(len(tree.tokens) for tree in trees)
-        if self.costs is not None:
+    def note_chains(self, confidence: Floats, margin: Floats) -> None:
+        """A step verifies these chains [R, n] whole, without a plan: what they say of themselves is kept as that of planned ones is."""
+        self.budget = confidence.size
+        if self.costs is not None and self.policy.wants_survival and confidence.size:
+            survival = self.survival.survival_of_chains(confidence, margin)
             self._history.append(rank(survival))
             self.policy.observe(survival)
+        else:
+            self.policy.pass_over()
+
+    def observe_round(self, num_rows: int, depth: int, num_tokens: int, context: int, seconds: float) -> None:
+        """A round of whole chains of ``depth``, launched before its turn, brought ``num_tokens``, ``seconds`` after the one before.
+
+        What the table does not predict of that is the host's: it had more to do than lies under the device's work.
+        """
+        self.worth.observe(num_rows, True, num_tokens, seconds)
+        if self.costs is not None:
+            table = self.costs.table
+            device_s = table.step_seconds(num_rows * (depth + 1), context) + table.draft_seconds(num_rows, depth, context)
+            self.costs.observe_host(num_rows, max(0.0, seconds - device_s))
 
     def depth(self, sequences: Seq[Sequence]) -> int:
         """How deep to draft for the next step of these requests, those with adaptive verification; 0: not at all."""

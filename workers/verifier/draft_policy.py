@@ -46,10 +46,20 @@ class DraftPolicy:
         self._conditional = np.ones(self.block_size)
         self._depth = self.block_size
 
+    @property
+    def wants_survival(self) -> bool:
+        """Whether ``observe`` would look at the chains of the next step."""
+        return self._num_observed % DECIDE_EVERY == 0 or not len(self._recent)
+
+    def pass_over(self) -> None:
+        """``observe`` of a step whose chains it would not look at."""
+        self._num_observed += 1
+
     def observe(self, survival: Floats) -> None:
         """Take in the survival [R, n] of the chains of one step; a row of zeros is a request without a draft."""
-        self._num_observed += 1
-        if self._num_observed % DECIDE_EVERY != 1 and len(self._recent):
+        is_wanted = self.wants_survival
+        self.pass_over()
+        if not is_wanted:
             return
         drafted = survival[survival[:, 0] > 0, : self.block_size] if survival.shape[1] else survival[:0]
         if not len(drafted):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -18,8 +17,6 @@ from torch import Tensor
 from dspark.errors import BadRequest, Overloaded
 from dspark.kernels.buckets import pad_rows
 from dspark.types import (
-    Continuation,
-    ContinuesSteps,
     Drafter,
     DraftsAhead,
     DraftTree,
@@ -33,7 +30,7 @@ from dspark.types import (
     VerifyPlan,
 )
 from dspark.workers.blocks import BlockPool
-from dspark.workers.verifier.ahead import DraftedFlight, Flight, RunAhead
+from dspark.workers.verifier.ahead import RunAhead
 from dspark.workers.verifier.aside import Aside
 from dspark.workers.verifier.cohorts import Cohorts
 from dspark.workers.verifier.costs import CostTable, LiveCosts
@@ -41,6 +38,7 @@ from dspark.workers.verifier.counters import EngineCounters
 from dspark.workers.verifier.draft_planner import DraftPlanner
 from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.finish import Cut, cut
+from dspark.workers.verifier.flights import Flights
 from dspark.workers.verifier.forward import BestTokens
 from dspark.workers.verifier.judge import JudgeItem, Verdict, follow, judge, prompt_logprobs
 from dspark.workers.verifier.laws import check_sampling
@@ -88,7 +86,6 @@ class StepTimes:
     num_drafting: int = 0
     depth: int = 0
     before_s: float = 0.0  # when the verdicts of the step before were known
-    was_ahead: bool = False  # launched before the step before was over: its times say little
 
     @property
     def draft_s(self) -> float:
@@ -141,11 +138,11 @@ class Engine:
         self.on_step: Callable[[VerifyPlan, StepTimes], None] | None = None  # hears of every step when it is judged
         self.aside = Aside()
         self._ships_features = bool(drafter.taps) and getattr(drafter, "feed", None) is None
-        self.ahead = RunAhead(self.runner, self.scheduler, pool, options.overlapped and not self._ships_features)
+        can_run_ahead = options.overlapped and not self._ships_features
+        self.ahead = RunAhead(self.runner, self.scheduler, pool, options.max_model_len, can_run_ahead)
         self.drafts.runs_ahead = self.ahead.can_run
-        self._flight: Flight | None = None  # a plain step that was launched before its turn
-        self._drafted: DraftedFlight | None = None  # a step that was launched behind the drafts it verifies
-        self._landed_s = 0.0
+        self.flights = Flights(self)
+        self.landed_s = 0.0  # when the verdicts of the last step were known; 0 while nothing ran before
         self.judge: Judge = judge
         self.counters = EngineCounters()
         self.sequences: dict[str, Sequence] = {}
@@ -187,8 +184,9 @@ class Engine:
             sequence.text = TextStream(self.tokenizer, request.sampling)
             sequence.text.push(sequence.output)
         sequence.stop_ids = self._stop_ids(sequence)
+        sequence.stop_set = frozenset(sequence.stop_ids)
         if not self.sequences:
-            self._landed_s = 0.0  # what passed since the last step was no work
+            self.landed_s = 0.0  # what passed since the last step was no work
         self.sequences[request.id] = sequence
         self.scheduler.add(sequence)
 
@@ -222,21 +220,17 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drop a request; its blocks go back at once. Unknown ids (already ended) are fine."""
         if (sequence := self.sequences.get(request_id)) is not None:
-            self._forget([sequence])
+            self.forget([sequence])
 
     def step(self) -> list[StepOutcome]:
         """Run one round for everything that is admitted; one outcome for each request that got tokens or ended."""
-        if self._flight is not None:
-            return self._land(self._flight)
-        times = StepTimes(self.clock(), before_s=self._landed_s, was_ahead=self._drafted is not None)
-        plan, result = self._begin(times) if self._drafted is None else self._resume(times, self._drafted)
+        if self.flights.under_way:
+            return self.flights.land()
+        times = StepTimes(self.clock(), before_s=self.landed_s)
+        plan, result = self._begin(times)
         if result is None:
             return []
-        depth = self._depth_ahead(plan)
-        if depth == 0:
-            self._flight = self.ahead.after_step(plan, result, self.sequences)
-        elif (depth or times.num_drafting) and result.best is not None:
-            self._drafted = self._continue(plan, result)
+        depth = self.flights.begin(plan, result, times.num_drafting > 0)
         verdicts = self._judge(plan, result)
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
@@ -251,10 +245,10 @@ class Engine:
         else:
             self._learn(record)
         outcomes, advances, ended = self._commit(plan, result, verdicts, times.judged_s)
-        if self._flight is None:
+        if not self.flights.is_plain:
             self._propose(advances, ended, result.taps, depth)
-        self._landed_s = times.judged_s
-        self._forget(ended)
+        self.landed_s = times.judged_s
+        self.forget(ended)
         return outcomes
 
     def _begin(self, times: StepTimes) -> tuple[VerifyPlan, StepResult | None]:
@@ -266,100 +260,9 @@ class Engine:
         plan = self.scheduler.plan(times.drafted_s, times.draft_s)
         return plan, self.runner.forward(plan, self.sequences) if plan.rows else None
 
-    def _resume(self, times: StepTimes, flight: DraftedFlight) -> tuple[VerifyPlan, StepResult | None]:
-        """A step that was launched behind the drafts it verifies: what they are is known by now, and where each request stands."""
-        alive = [(s, first) for s, first in zip(flight.sequences, flight.result.first_row, strict=True) if self._is_running(s)]
-        self.scheduler.chosen = [sequence for sequence, _ in alive]
-        for sequence in self.scheduler.chosen:
-            sequence.drafts_wanted = flight.num_drafts
-        times.num_drafting, times.depth = self._collect()
-        times.drafted_s = self.clock()
-        self.drafts.take_whole([s.draft for s in self.scheduler.chosen if s.draft is not None])
-        rows = []
-        for sequence, _ in alive:
-            count = 0 if sequence.draft is None else min(len(sequence.draft.tokens), flight.num_drafts)
-            rows.append(PlanRow(sequence.id, sequence.num_computed, 1, count, True, count))
-            sequence.drafts_wanted = sequence.draft_depth  # what the policy wants for the next step
-        result = dataclasses.replace(flight.result, first_row=[first for _, first in alive], num_scored=[0] * len(alive))
-        self._drafted = None
-        return VerifyPlan(tuple(rows), len(rows) * (flight.num_drafts + 1)), result if rows else None
-
-    def _is_running(self, sequence: Sequence) -> bool:
+    def is_running(self, sequence: Sequence) -> bool:
         """Whether it has not ended, nor been aborted, since a step was launched for it."""
         return self.sequences.get(sequence.request.id) is sequence
-
-    def _continue(self, plan: VerifyPlan, result: StepResult) -> DraftedFlight | None:
-        """Let a drafter on the device begin the next blocks of greedy requests behind the step itself, and launch what verifies them."""
-        if not isinstance(self.drafter, ContinuesSteps):
-            return None
-        rows = [
-            Continuation(row.request_id, row.start + row.num_known, row.num_draft, first)
-            for row, first in zip(plan.rows, result.first_row, strict=True)
-            if row.samples and row.num_commit == row.num_draft and self._can_continue(self.sequences[row.request_id])
-        ]
-        if not rows:
-            return None
-        sequences = [self.sequences[row.request_id] for row in rows]
-        num_drafts = self.ahead.reserve_drafts(plan, result, sequences) if len(rows) == len(plan.rows) else 0
-        drafts = self.drafter.continue_step(rows)
-        return self.ahead.launch_drafts(sequences, drafts, num_drafts) if num_drafts else None
-
-    def _can_continue(self, sequence: Sequence) -> bool:
-        """Whether its next draft can be begun before the host knows what this step accepted."""
-        is_chain = sequence.draft is None or sequence.draft.is_chain
-        return sequence.takes_best and sequence.drafts_wanted > 0 and is_chain and not sequence.speculation.tree_nodes
-
-    def _depth_ahead(self, plan: VerifyPlan) -> int | None:
-        """How deep to draft for the next step, asked before this one's tokens are known; None: too early to say."""
-        if not self.ahead.can_run or any(row.num_known > 1 or row.num_draft for row in plan.rows):
-            return None
-        return self._next_depth()
-
-    def _next_depth(self) -> int:
-        """How deep to draft for the next step of what runs; 0: it is plain."""
-        drafting = [s for s in self.scheduler.running if s.max_draft(self.drafter.block_size)]
-        if any(s.speculation.mode is not Mode.ADAPTIVE for s in drafting):
-            return self.drafter.block_size
-        return self.drafts.depth(self.scheduler.running) if drafting else 0
-
-    def _land(self, flight: Flight) -> list[StepOutcome]:
-        """Commit a step that was launched ahead, after the next one has been."""
-        depth = self._next_depth()
-        self._flight = None if depth else self.ahead.after(flight, self.sequences)
-        tokens = flight.best.read()
-        self.target.check()
-        now_s = self.clock()
-        if self._landed_s:
-            self.drafts.worth.observe(len(tokens), False, len(tokens), now_s - self._landed_s)
-            if self.drafts.costs is not None:
-                self.drafts.costs.observe_plain(len(tokens), flight.context, now_s - self._landed_s)
-        self._landed_s = now_s
-        self.counters.steps += 1
-        self.counters.step_tokens += len(tokens)
-        outcomes: list[StepOutcome] = []
-        ended: list[Sequence] = []
-        landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if self._is_running(s)]
-        for sequence, token in landed:  # the others ended, or were aborted, while this step was under way
-            sequence.draft = None
-            outcome = self._commit_one(sequence, token) or self._commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
-            outcomes.append(outcome)
-            self.scheduler.commit_one(sequence)
-            if outcome.finish is not None:
-                ended.append(sequence)
-        advances = [Advance(sequence, (), sequence.num_computed) for sequence, _ in landed]
-        if self._flight is None:
-            self._propose(advances, ended, None, depth)
-        self._forget(ended)
-        return outcomes
-
-    def _commit_one(self, sequence: Sequence, token: int) -> StepOutcome | None:
-        """``_commit_tokens`` of a plain token, if nothing could end the request with it; otherwise None, and nothing is done."""
-        base_len = len(sequence.tokens) + 1
-        if base_len >= sequence.max_len or token in sequence.stop_ids or sequence.text is not None or sequence.first_s is None:
-            return None
-        sequence.append_one(token)
-        self.counters.count_plain()
-        return StepOutcome(sequence.request.id, base_len, (token,), 0, num_cached_tokens=sequence.num_cached)
 
     def _take_turns(self) -> None:
         """Where drafts are made elsewhere, let one of two cohorts sit the step out if that is predicted to pay."""
@@ -439,9 +342,6 @@ class Engine:
         costs, times = self.drafts.costs, record.times
         if costs is None:
             return
-        if times.was_ahead:
-            costs.observe_host(record.num_rows, 0.0)
-            return
         predicted_s = costs.table.step_seconds(record.num_tokens - record.num_prefill, record.context)
         self.counters.timed_steps += 1
         self.counters.step_seconds += times.verify_s
@@ -476,7 +376,7 @@ class Engine:
             verdict = verdicts.get(row.request_id)
             accepted = verdict.nodes if verdict is not None else ()
             if verdict is not None:
-                outcome = self._commit_tokens(sequence, verdict, row.num_commit, now_s)
+                outcome = self.commit_tokens(sequence, verdict, row.num_commit, now_s)
                 outcomes.append(outcome)
                 if outcome.finish is not None:
                     ended.append(sequence)
@@ -486,7 +386,7 @@ class Engine:
             flat += row.num_tokens
         return outcomes, advances, ended
 
-    def _commit_tokens(self, sequence: Sequence, verdict: Verdict, num_draft: int, now_s: float) -> StepOutcome:
+    def commit_tokens(self, sequence: Sequence, verdict: Verdict, num_draft: int, now_s: float) -> StepOutcome:
         """Append a verdict's tokens as far as the request still runs."""
         done: Cut = cut(sequence, verdict.tokens, self.target.eos_ids)
         is_first = not sequence.output
@@ -520,6 +420,10 @@ class Engine:
             tokens = sequence.tokens[start + 1 : start + 1 + count]
             top = sequence.request.sampling.prompt_logprobs or 0
             sequence.prompt_logprobs.extend(prompt_logprobs(result.logits[first : first + count], tokens, top))
+
+    def propose_to(self, sequences: Seq[Sequence], ended: Seq[Sequence], depth: int) -> None:
+        """Let the drafter begin drafts of ``depth`` tokens for requests that steps launched ahead have brought forward."""
+        self._propose([Advance(sequence, (), sequence.num_computed) for sequence in sequences], ended, None, depth)
 
     def _propose(self, advances: Seq[Advance], ended: Seq[Sequence], taps: Tensor | None, depth: int | None) -> None:
         """Tell the drafter what became known, with the projected features of every position that got KV for good.
@@ -566,7 +470,8 @@ class Engine:
             return most
         return min(most, depth) if most and depth and sequence.rest.is_due() else 0
 
-    def _forget(self, ended: Seq[Sequence]) -> None:
+    def forget(self, ended: Seq[Sequence]) -> None:
+        """Drop requests that ended; their blocks go back."""
         for sequence in ended:
             del self.sequences[sequence.id]
             self.scheduler.remove(sequence)

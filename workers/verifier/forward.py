@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.paged_attention import AttentionRow
@@ -44,6 +46,9 @@ class BestTokens(Protocol):
 
     def read(self) -> list[int]:
         """Wait for them."""
+
+    def numbers(self) -> NDArray[np.int64]:
+        """``read`` as an array of its own."""
 
 
 @dataclass(frozen=True, slots=True)

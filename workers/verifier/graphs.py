@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.errors import ConfigError
@@ -57,10 +59,15 @@ class OwnTokens:
 
     def read(self) -> list[int]:
         """Wait for them."""
+        tokens: list[int] = self.numbers().tolist()
+        return tokens
+
+    def numbers(self) -> NDArray[np.int64]:
+        """``read`` as an array of its own."""
         if self._done is not None:
             self._done.synchronize()
-        tokens: list[int] = self._host.tolist()
-        return tokens
+        numbers: NDArray[np.int64] = self._host.numpy().copy()
+        return numbers
 
 
 class GraphForward(Forward):

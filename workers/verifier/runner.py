@@ -105,7 +105,7 @@ class Runner:
         self._graphs.replay(self.padded(count), step)
         return self._graphs.own_tokens(count)
 
-    def launch_drafts(self, drafts: DeviceDrafts, tables: list[Seq[int]], num_drafts: int) -> StepResult:
+    def launch_drafts(self, drafts: DeviceDrafts, tables: list[Seq[int]], num_drafts: int) -> BestTokens:
         """Launch a step that verifies ``num_drafts`` drafts a row, all of which are on the device; and wait for nothing."""
         assert self._graphs is not None
         rows, row_tokens = len(tables), num_drafts + 1
@@ -113,9 +113,8 @@ class Runner:
         zeros = np.zeros(count, dtype=np.int64)
         lengths = np.full(rows, row_tokens, dtype=np.int64)
         step = HostStep(zeros, zeros, zeros, np.arange(count), lengths, zeros[:rows], tables)
-        output = self._graphs.replay_drafts(self.padded(count), step, drafts, row_tokens)
-        best = self._graphs.own_tokens(count)
-        return StepResult(output.logits, list(range(0, count, row_tokens)), [0] * rows, output.taps, best)
+        self._graphs.replay_drafts(self.padded(count), step, drafts, row_tokens)
+        return self._graphs.own_tokens(count)
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""

@@ -128,10 +128,10 @@ class Scheduler:
             for index in range(before // size, num_computed // size):
                 self.pool.register(sequence.id, index, hashes[index])
 
-    def commit_one(self, sequence: Sequence) -> None:
-        """``commit`` of all but the last known token, where one more was computed than before."""
-        num_computed = len(sequence.tokens) - 1
-        if num_computed % self.pool.block_size:
+    def commit_ahead(self, sequence: Sequence) -> None:
+        """``commit`` of all but the last known token, where a step that was launched ahead keeps the blocks beyond."""
+        num_computed, size = len(sequence.tokens) - 1, self.pool.block_size
+        if num_computed // size == sequence.num_computed // size:
             sequence.num_computed = num_computed
         else:
             self.commit(sequence, num_computed)

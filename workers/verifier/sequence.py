@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from dspark.sampling import SamplingParams
+from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
 from dspark.workers.blocks import extend_hashes
 from dspark.workers.verifier.draft_policy import Rest
@@ -44,6 +44,8 @@ class Sequence:
     tokens_per_round: float = 1.0  # running mean
     limit_s: float = math.inf  # seconds a token that keep its latency budget, as of this step
     stop_ids: tuple[int, ...] = ()  # tokens that end it
+    stop_set: frozenset[int] = frozenset()  # the same
+    rule: AcceptanceRule = AcceptanceRule.RATIO
     is_plain: bool = False  # greedy, without anything that edits logits or asks for their values (``min_tokens`` apart)
     left_out: int = 0  # steps in a row that it sat out for others' budgets
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -126,7 +128,10 @@ class Sequence:
         if request.sampling.max_tokens is not None:
             limit = min(limit, prompt + request.sampling.max_tokens)
         tokens = list(request.prompt_token_ids)
-        return Sequence(request, speculation, limit, tokens, prompt, is_plain=_is_plain(request.sampling), _output=tokens[prompt:])
+        sampling = request.sampling
+        return Sequence(
+            request, speculation, limit, tokens, prompt, is_plain=_is_plain(sampling), rule=sampling.rule, _output=tokens[prompt:]
+        )
 
 
 def _is_plain(sampling: SamplingParams) -> bool:

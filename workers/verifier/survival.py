@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dspark.types import DraftSignals, DraftTree
+from dspark.types import DraftSignals, DraftTree, chain_parents
 from dspark.workers.verifier.acceptance_models import AcceptanceModel, OnlineLogistic, RunningRate
 from dspark.workers.verifier.counters import MAX_POSITIONS
-from dspark.workers.verifier.draft_nodes import Bools, Floats, Ints, Nodes, along_branches, gather, outcomes_of, shape_of
+from dspark.workers.verifier.draft_nodes import Bools, Floats, Ints, Nodes, along_branches, chain_nodes, gather, outcomes_of, shape_of
 from dspark.workers.verifier.reliability import Reliability
 
 ROUNDS_A_REFIT = 64
@@ -87,12 +87,24 @@ class SurvivalEstimator:
             return np.zeros((0, 0))
         return self._survival(gather(trees, SIGNALS[self.name], self._num_slots), len(trees))
 
+    def survival_of_chains(self, confidence: Floats, margin: Floats) -> Floats:
+        """``survival`` of chains [R, n], all as long."""
+        return self._survival(chain_nodes(confidence, margin, SIGNALS[self.name], self._num_slots), len(confidence))
+
     def observe(self, tree: DraftTree, num_verified: int, accepted: Sequence[int], is_cut: bool = False) -> None:
         """Note how a draft fared: its first ``num_verified`` nodes were verified and the nodes ``accepted`` (a range or tuple) stood.
 
         A draft that was trimmed away whole is worth noting, too. ``is_cut``: the request ended with the last accepted node.
         """
         self._rounds.append(_Round(tree.parents, tree.confidence, tree.margin, num_verified, accepted, is_cut))
+
+    def observe_chains(
+        self, confidence: Sequence[Sequence[float]], margin: Sequence[Sequence[float]], accepted: Sequence[int], is_cut: Sequence[bool]
+    ) -> None:
+        """``observe`` of chains [R, n] that were verified whole, of which so many tokens [R] stood."""
+        for sure, clear, count, cut in zip(confidence, margin, accepted, is_cut, strict=True):
+            parents = chain_parents(len(sure))
+            self._rounds.append(_Round(parents, tuple(sure), tuple(clear), len(parents), range(count), cut))
 
     def learn(self) -> None:
         """Take in the rounds noted, once they are enough; call it once a step."""

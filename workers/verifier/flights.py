@@ -1,0 +1,254 @@
+"""What becomes of steps that were launched before their turn: they land, and the next one is kept under way.
+
+A plain step takes its tokens from the step before it. A drafted one verifies chains of greedy requests that the drafter began behind
+that step, on the device. In both the host commits step t while the device computes step t + 1, and whatever is alike for all requests is
+done once a step, on arrays: at hundreds of streams that, and not the device, decides how fast a round is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from dspark.types import Continuations, ContinuesSteps, DraftedChains, Mode, StepOutcome, VerifyPlan
+from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints
+from dspark.workers.verifier.runner import StepResult
+from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.verdict import Verdict
+
+if TYPE_CHECKING:
+    from dspark.workers.verifier.engine import Engine
+
+OBSERVED_ROWS = 16  # of a step, in turns: the estimate of survival is no better for more
+
+
+class Flights:
+    """At most one step of an engine that is under way before its turn."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._plain: Flight | None = None
+        self._drafted: DraftedFlight | None = None
+        self._turn = 0  # where the next rows that are observed begin
+
+    @property
+    def under_way(self) -> bool:
+        return self._plain is not None or self._drafted is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step under way drafts nothing."""
+        return self._plain is not None
+
+    @property
+    def is_drafted(self) -> bool:
+        return self._drafted is not None
+
+    def begin(self, plan: VerifyPlan, result: StepResult, has_drafts: bool) -> int | None:
+        """Launch the step after a planned one that runs, where it can be known; how deep to draft for it (None: too early to say)."""
+        depth = self._depth_behind(plan)
+        if depth == 0:
+            self._plain = self._engine.ahead.after_step(plan, result, self._engine.sequences)
+        elif (depth or has_drafts) and result.best is not None:
+            self._drafted = self._continue(plan, result)
+        return depth
+
+    def land(self) -> list[StepOutcome]:
+        """Commit the step under way, after the next one has been launched if that is known."""
+        if self._plain is not None:
+            return self._land_plain(self._plain)
+        assert self._drafted is not None
+        return self._land_drafted(self._drafted)
+
+    def _depth_behind(self, plan: VerifyPlan) -> int | None:
+        """How deep to draft for the next step, asked before this one's tokens are known."""
+        if not self._engine.ahead.can_run or any(row.num_known > 1 or row.num_draft for row in plan.rows):
+            return None
+        return self._next_depth()
+
+    def _next_depth(self) -> int:
+        """How deep to draft for the next step of what runs; 0: it is plain."""
+        engine = self._engine
+        drafting = [s for s in engine.scheduler.running if s.max_draft(engine.drafter.block_size)]
+        if any(s.speculation.mode is not Mode.ADAPTIVE for s in drafting):
+            return engine.drafter.block_size
+        return engine.drafts.depth(engine.scheduler.running) if drafting else 0
+
+    def _continue(self, plan: VerifyPlan, result: StepResult) -> DraftedFlight | None:
+        """Let a drafter on the device begin the next blocks of greedy requests behind the step itself, and launch what verifies them."""
+        engine = self._engine
+        if not isinstance(engine.drafter, ContinuesSteps):
+            return None
+        chosen = [
+            i for i, row in enumerate(plan.rows) if row.samples and row.num_commit == row.num_draft and self._can_continue(row.request_id)
+        ]
+        if not chosen:
+            return None
+        rows = [plan.rows[i] for i in chosen]
+        sequences = [engine.sequences[row.request_id] for row in rows]
+        bases = np.fromiter((row.start + row.num_known for row in rows), np.int64, len(rows))
+        drafted = np.fromiter((row.num_draft for row in rows), np.int64, len(rows))
+        first_rows = np.fromiter((result.first_row[i] for i in chosen), np.int64, len(rows))
+        can_fly = len(rows) == len(plan.rows) and not any(result.num_scored)
+        depth = max(sequence.draft_depth for sequence in sequences) if can_fly and _are_alike(sequences) else 0
+        return self._launch(sequences, Continuations([s.id for s in sequences], bases, drafted, first_rows), depth)
+
+    def _can_continue(self, request_id: str) -> bool:
+        """Whether a request's next draft can be begun before the host knows what this step accepted."""
+        sequence = self._engine.sequences[request_id]
+        is_chain = sequence.draft is None or sequence.draft.is_chain
+        drafts = sequence.speculation.mode in (Mode.STATIC, Mode.ADAPTIVE) and not sequence.speculation.tree_nodes
+        return sequence.takes_best and is_chain and drafts
+
+    def _launch(self, sequences: list[Sequence], rows: Continuations, depth: int) -> DraftedFlight | None:
+        """Begin the next blocks, and the step that verifies ``depth`` tokens of them where that is over 0 and there is room for it."""
+        engine, drafter = self._engine, cast(ContinuesSteps, self._engine.drafter)
+        reaches = rows.base_lens + rows.num_drafts + 1 + depth
+        # reserved before the drafts are launched: they say where KV goes
+        flies = depth > 0 and engine.ahead.reserve_drafts(sequences, reaches, depth)
+        drafts = drafter.continue_step(rows)
+        return engine.ahead.launch_drafts(sequences, drafts, depth) if flies else None
+
+    def _land_plain(self, flight: Flight) -> list[StepOutcome]:
+        engine = self._engine
+        depth = self._next_depth()
+        self._plain = None if depth else engine.ahead.after(flight, engine.sequences)
+        tokens = flight.best.read()
+        engine.target.check()
+        now_s = engine.clock()
+        if engine.landed_s:
+            engine.drafts.worth.observe(len(tokens), False, len(tokens), now_s - engine.landed_s)
+            if engine.drafts.costs is not None:
+                engine.drafts.costs.observe_plain(len(tokens), flight.context, now_s - engine.landed_s)
+        engine.landed_s = now_s
+        engine.counters.steps += 1
+        engine.counters.step_tokens += len(tokens)
+        outcomes: list[StepOutcome] = []
+        ended: list[Sequence] = []
+        landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if engine.is_running(s)]
+        for sequence, token in landed:  # the others ended, or were aborted, while this step was under way
+            sequence.draft = None
+            outcome = self._commit_one(sequence, token) or engine.commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
+            outcomes.append(outcome)
+            engine.scheduler.commit_ahead(sequence)
+            if outcome.finish is not None:
+                ended.append(sequence)
+        if self._plain is None:
+            engine.propose_to([sequence for sequence, _ in landed], ended, depth)
+        engine.forget(ended)
+        return outcomes
+
+    def _commit_one(self, sequence: Sequence, token: int) -> StepOutcome | None:
+        """``commit_tokens`` of a plain token, if nothing could end the request with it; otherwise None, and nothing is done."""
+        base_len = len(sequence.tokens) + 1
+        if base_len >= sequence.max_len or token in sequence.stop_ids or sequence.text is not None or sequence.first_s is None:
+            return None
+        sequence.append_one(token)
+        self._engine.counters.count_plain()
+        return StepOutcome(sequence.request.id, base_len, (token,), 0, num_cached_tokens=sequence.num_cached)
+
+    def _land_drafted(self, flight: DraftedFlight) -> list[StepOutcome]:
+        engine, num_drafts = self._engine, flight.num_drafts
+        drafter = cast(ContinuesSteps, engine.drafter)
+        chains = drafter.continued()
+        alive = [i for i, sequence in enumerate(flight.sequences) if engine.is_running(sequence)]
+        sequences = [flight.sequences[i] for i in alive]  # the others ended, or were aborted, while this step was under way
+        bases = np.fromiter((len(sequence.tokens) for sequence in sequences), np.int64, len(alive))
+        depth = self._depth_again(sequences)
+        self._drafted = None
+        if depth:
+            drafted, first_rows = np.full(len(alive), num_drafts), np.array(alive) * (num_drafts + 1)
+            rows = Continuations([sequence.request.id for sequence in sequences], bases, drafted, first_rows)
+            self._drafted = self._launch(sequences, rows, depth)
+        own = flight.best.numbers().reshape(-1, num_drafts + 1)
+        engine.target.check()
+        now_s = engine.clock()
+        if len(alive) < len(flight.sequences):
+            own, chains = own[alive], _rows_of(chains, alive)
+        if not np.array_equal(chains.positions, bases - 1):
+            raise RuntimeError("a step was verified at other positions than those that the host knows")
+        accepted = _num_accepted(own, chains, num_drafts)
+        outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s)
+        self._note(chains, accepted, num_drafts, [outcome.finish is not None for outcome in outcomes], now_s)
+        lengths = [outcome.base_len for outcome in outcomes]
+        drafter.follow([outcome.request_id for outcome in outcomes], lengths, [sequence.tokens[-1] for sequence in sequences])
+        if self._drafted is None:
+            engine.propose_to(sequences, ended, depth)
+        engine.forget(ended)
+        return outcomes
+
+    def _depth_again(self, sequences: list[Sequence]) -> int:
+        """How deep requests that are alike draft for the next step; 0: not at all."""
+        if not sequences:
+            return 0
+        speculation, most = sequences[0].speculation, self._engine.drafter.block_size
+        most = most if speculation.draft_len is None else min(most, speculation.draft_len)
+        return most if speculation.mode is Mode.STATIC else min(most, self._engine.drafts.depth(sequences))
+
+    def _commit_chains(
+        self, sequences: list[Sequence], own: Ints, accepted: Ints, num_drafts: int, now_s: float
+    ) -> tuple[list[StepOutcome], list[Sequence]]:
+        """Commit the accepted drafts of every row and the target's own token behind them; returns outcomes and requests that ended."""
+        engine = self._engine
+        outcomes: list[StepOutcome] = []
+        ended: list[Sequence] = []
+        simple: list[Sequence] = []  # those that nothing could end
+        counts: list[int] = []  # what they accepted
+        for sequence, row, count in zip(sequences, own.tolist(), accepted.tolist(), strict=True):
+            tokens = tuple(row[: count + 1])
+            base_len = len(sequence.tokens) + count + 1
+            if base_len < sequence.max_len and sequence.text is None and sequence.stop_set.isdisjoint(tokens):
+                sequence.append(tokens, now_s)
+                simple.append(sequence)
+                counts.append(count)
+                outcome = StepOutcome(sequence.request.id, base_len, tokens, count, num_drafts, num_cached_tokens=sequence.num_cached)
+            else:
+                sequence.draft = None
+                outcome = engine.commit_tokens(sequence, Verdict(tokens, count), num_drafts, now_s)
+                if outcome.finish is not None:
+                    ended.append(sequence)
+            outcomes.append(outcome)
+            engine.scheduler.commit_ahead(sequence)
+            sequence.num_taught = len(sequence.tokens)
+        engine.counters.count_chains(num_drafts, counts, [sequence.rule for sequence in simple])
+        return outcomes, ended
+
+    def _note(self, chains: DraftedChains, accepted: Ints, num_drafts: int, has_ended: list[bool], now_s: float) -> None:
+        """Teach counters, costs and estimates what the step was."""
+        engine, num_rows = self._engine, len(accepted)
+        counters, drafts = engine.counters, engine.drafts
+        counters.steps += 1
+        counters.step_tokens += num_rows * (num_drafts + 1)
+        counters.budget += num_rows * num_drafts
+        counters.drafts_asked += num_rows
+        counters.drafts_arrived += num_rows
+        if num_rows and engine.landed_s:
+            drafts.observe_round(num_rows, num_drafts, num_rows + int(accepted.sum()), int(chains.positions.sum()), now_s - engine.landed_s)
+        engine.landed_s = now_s
+        confidence, margin = chains.confidence[:, :num_drafts], chains.margin[:, :num_drafts]
+        drafts.note_chains(confidence, margin)
+        begin = self._turn if self._turn < num_rows else 0
+        self._turn = begin + OBSERVED_ROWS
+        part = slice(begin, begin + OBSERVED_ROWS)
+        engine.survival.observe_chains(confidence[part].tolist(), margin[part].tolist(), accepted[part].tolist(), has_ended[part])
+        engine.aside.run(engine.survival.learn)
+
+
+def _are_alike(sequences: list[Sequence]) -> bool:
+    """Whether all of them draft as deep."""
+    first = sequences[0].speculation
+    return all(s.speculation.mode is first.mode and s.speculation.draft_len == first.draft_len for s in sequences)
+
+
+def _num_accepted(own: Ints, chains: DraftedChains, num_drafts: int) -> Ints:
+    """How many drafts of each row stand: those that are the best tokens of the rows before them, up to the first that is not."""
+    stands = own[:, :num_drafts] == chains.tokens[:, :num_drafts]
+    counts: Ints = np.logical_and.accumulate(stands, axis=1).sum(axis=1)
+    return counts
+
+
+def _rows_of(chains: DraftedChains, rows: Seq[int]) -> DraftedChains:
+    """Some of the rows."""
+    return DraftedChains(chains.tokens[rows], chains.confidence[rows], chains.margin[rows], chains.anchors[rows], chains.positions[rows])

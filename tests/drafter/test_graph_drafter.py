@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers.draft_modules import random_module
 from helpers.engines import FLAT, STEEP, Spy, greedy, make_engine, run, tiny_target
+from helpers.toy_tokenizers import byte_level
 
 from dspark.kernels.graphs import plain_calls
 from dspark.sampling import SamplingParams
-from dspark.types import Request
+from dspark.types import Finish, Mode, Request, Speculation
 from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.graph_local import GraphDrafter
@@ -196,3 +197,52 @@ def test_a_small_pool_and_seeded_neighbours(target: Target) -> None:
     plain = {name: result.tokens for name, result in run(make_engine(target, speculation="off"), mixed).items()}
     _, engine = engines(target, num_blocks=16, speculation="static:4")
     assert {name: result.tokens for name, result in run(engine, mixed).items()} == plain
+
+
+def test_what_lands_is_counted_and_learnt(target: Target) -> None:
+    """Steps that are launched ahead fill the same counters, and teach the estimates of survival that later plans use."""
+    _, engine = engines(target, costs=FLAT)
+    results = run(engine, requests(temperature=0.0, max_tokens=60))
+    engine.aside.close()
+    counters, outcomes = engine.counters, [outcome for result in results.values() for outcome in result.outcomes]
+    assert engine.ahead.launched > 10
+    assert counters.generated == sum(len(outcome.tokens) for outcome in outcomes)
+    assert counters.rounds == len(outcomes) == sum(counters.windows)
+    assert counters.drafted == sum(outcome.drafted for outcome in outcomes)
+    assert counters.accepted == sum(k * count for k, count in enumerate(counters.accepted_lengths))
+    assert counters.drafted_rounds == sum(counters.accepted_lengths) == sum(outcome.drafted > 0 for outcome in outcomes)
+    assert sum(one.accepted for one in counters.by_rule.values()) == counters.accepted
+    report = engine.survival.report()
+    assert report.rounds > 30
+    assert report.positions[0].acceptance == pytest.approx(sum(counters.accepted_lengths[1:]) / counters.drafted_rounds, abs=0.15)
+
+
+def test_stop_strings_end_what_runs_ahead(target: Target) -> None:
+    tokenizer = byte_level()
+    wanted = run(make_engine(target, tokenizer=tokenizer, speculation="off"), requests(temperature=0.0, stop=("e", "1"), max_tokens=60))
+    assert any(result.finish is Finish.STOP for result in wanted.values())
+    _, engine = engines(target, tokenizer=tokenizer, speculation="static:4")
+    results = run(engine, requests(temperature=0.0, stop=("e", "1"), max_tokens=60))
+    for name, one in results.items():
+        assert (one.tokens, one.finish) == (wanted[name].tokens, wanted[name].finish)
+    assert engine.ahead.launched
+
+
+def test_the_end_of_the_context_ends_running_ahead(target: Target) -> None:
+    """No step reaches beyond the longest request that the engine has room for, though all of them could end there."""
+    long = [greedy(name, [*prompt, *(3 + i % 150 for i in range(200))], 200) for name, prompt in PROMPTS.items()]
+    wanted = {name: (one.tokens, one.finish) for name, one in run(make_engine(target, speculation="off"), long).items()}
+    _, engine = engines(target, speculation="static:4", max_batch_tokens=256)
+    assert {name: (one.tokens, one.finish) for name, one in run(engine, long).items()} == wanted
+    assert engine.ahead.launched
+
+
+def test_requests_with_other_depths_are_verified_to_theirs(target: Target) -> None:
+    first, *others = requests(temperature=0.0, max_tokens=40)
+    mixed = [dataclasses.replace(first, speculation=Speculation(Mode.STATIC, 2)), *others]
+    plain = {name: result.tokens for name, result in run(make_engine(target, speculation="off"), mixed).items()}
+    _, engine = engines(target, speculation="static:4")
+    results = run(engine, mixed)
+    assert {name: result.tokens for name, result in results.items()} == plain
+    assert max(outcome.drafted for outcome in results[first.id].outcomes) == 2
+    assert max(outcome.drafted for outcome in results[others[0].id].outcomes) == 4

@@ -76,4 +76,5 @@ class CudaGraphs:
             graph.replay()
             return output
 
+        replay.reads = run  # type: ignore[attr-defined]  # the tensors that it closes over: the graph has nothing but their addresses
         return replay

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from helpers.engines import greedy, make_engine, run, tiny_target
 from transformers import AutoModelForCausalLM
 
 from dspark.config import EngineConfig
-from dspark.kernels.graphs import CudaGraphs
+from dspark.kernels.graphs import CudaGraphs, nothing_collected
 from dspark.sampling import SamplingParams
 from dspark.types import Request
 from dspark.workers.blocks import BlockPool
@@ -123,3 +123,15 @@ def test_memory_holds_at_full_kv_and_longest_prompts() -> None:
         assert num_tokens == 64 * 8
     finally:
         loaded.engine.close()
+
+
+def test_a_graph_keeps_what_its_function_closes_over() -> None:
+    def adding(value: int) -> Callable[[], torch.Tensor]:
+        held = torch.full((1024,), value, device="cuda")
+        return lambda: held + 1
+
+    with nothing_collected():
+        replays = [CudaGraphs(pytest.fail)(adding(value)) for value in range(8)]
+    spoiled = [torch.full((1024,), -1, device="cuda") for _ in range(64)]
+    assert [int(replay().unique()) for replay in replays] == list(range(1, 9))
+    assert len(spoiled) == 64

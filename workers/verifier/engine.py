@@ -477,6 +477,8 @@ class Engine:
             self.scheduler.remove(sequence)
         if ended:
             self.drafter.close([sequence.id for sequence in ended])
+        if not self.sequences:
+            self.flights.drop()
 
 
 def abort_outcome(request_id: str, base_len: int, finish: Finish, error: str | None = None) -> StepOutcome:

@@ -62,6 +62,13 @@ class Flights:
         assert self._drafted is not None
         return self._land_drafted(self._drafted)
 
+    def drop(self) -> None:
+        """Forget the step under way: nobody is left whom it is for."""
+        self._plain = None
+        if self._drafted is not None:
+            self._drafted = None
+            cast(ContinuesSteps, self._engine.drafter).continued()
+
     def _depth_behind(self, plan: VerifyPlan) -> int | None:
         """How deep to draft for the next step, asked before this one's tokens are known."""
         if not self._engine.ahead.can_run or any(row.num_known > 1 or row.num_draft for row in plan.rows):

@@ -135,7 +135,8 @@ class Verifier:
         from dspark.workers.wire.server import WireServer  # imports torch, which reads the number of cores
 
         self._server = WireServer(self._ready.host, replica_id, self._fingerprint, self._token, tls, self._ready.exchange)
-        address = await self._server.start(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        with_pairs = config.kv_transport == "collective"
+        address = await self._server.start(ray.util.get_node_ip_address(), with_pairs)  # type: ignore[no-untyped-call]
         self._facts = ReplicaFacts(
             replica_id, address, self._token, self._fingerprint, self._ready.model, self._ready.max_model_len, self._ready.described
         )

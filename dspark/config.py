@@ -176,6 +176,10 @@ class ServeConfig(BaseModel):
         default=True,
         description="let verifiers fetch KV from one another: running requests when one shuts down, long prefixes where that is faster",
     )
+    kv_transport: Literal["grpc", "collective"] = Field(
+        default="grpc",
+        description="how that KV travels: in gRPC messages, or from device to device through torch.distributed (NCCL, on CPUs gloo)",
+    )
     drain_s: float = Field(default=600.0, ge=0.0, le=86400.0, description="longest wait for running streams when a replica stops")
     service_classes: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")], ServiceClass] = Field(
         default={}, description="latency budgets by name, as JSON on the command line: " + '{"chat": {"ttft_ms": 500, "tpot_ms": 30}}'
@@ -232,6 +236,16 @@ class ServeConfig(BaseModel):
         missing = [name for name, file in files.items() if file is None]
         if 0 < len(missing) < len(files) or (missing and self.tls_server_name is not None):
             raise ValueError(f"mutual TLS also needs {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_bare(self) -> ServeConfig:
+        if self.kv_transport != "collective":
+            return self
+        if self.tls_ca_file is not None:
+            raise ValueError("kv_transport collective cannot be used with mutual TLS: torch.distributed encrypts nothing")
+        if not self.move_kv:
+            raise ValueError("kv_transport collective has nothing to carry: move_kv is off")
         return self
 
     @model_validator(mode="after")

@@ -47,7 +47,10 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class KVBlocks:
-    """Consecutive blocks of a prefix, from the block ``first`` on: by the name of each part a tensor [n, *shape] on the host."""
+    """Consecutive blocks of a prefix, from the block ``first`` on: by the name of each part a tensor [n, *shape].
+
+    They are on the host, or where the engine has them: whoever takes blocks takes both.
+    """
 
     first: int
     count: int
@@ -76,9 +79,13 @@ class KeepsBlocks(Protocol):
 
 
 class KVExchange(Protocol):
-    """What a verifier's engine offers to move blocks; all methods are thread-safe, their work is done between two steps."""
+    """What a verifier's engine offers to move blocks; all methods are thread-safe, their work is done between two steps.
+
+    ``device`` is where its pools are.
+    """
 
     layout: KVLayout
+    device: str
 
     def prefix(self, request: Request) -> Sequence[bytes]:
         """Hashes of the blocks that the prefix cache could find for a request."""
@@ -86,8 +93,8 @@ class KVExchange(Protocol):
     def held(self, hashes: Sequence[bytes]) -> Future[int]:
         """How many leading blocks of a prefix are here."""
 
-    def give(self, hashes: Sequence[bytes], first: int) -> Future[KVBlocks]:
-        """Copies of the blocks from ``first`` on, as far as they are here."""
+    def give(self, hashes: Sequence[bytes], first: int, on_device: bool = False) -> Future[KVBlocks]:
+        """Copies of the blocks from ``first`` on, as far as they are here; on the host, or complete on ``device``."""
 
     def take(self, hashes: Sequence[bytes], blocks: KVBlocks) -> Future[int]:
         """Put blocks into the prefix cache; how many found room."""
@@ -97,6 +104,9 @@ class KVExchange(Protocol):
 
     def note(self, stats: TransferStats | None) -> None:
         """Count a fetch; None: one that failed."""
+
+    def note_fallback(self) -> None:
+        """Count a fetch that went over gRPC because no pair could be had."""
 
 
 def _names(parts: set[BlockPart]) -> str:

@@ -83,6 +83,11 @@ BAD_FILES = {
     "classes as text": ("service_classes: '{x'", r"service_classes: should be a JSON object"),
     "default of no class": ("default_class: chat", r"default_class chat is none of service_classes"),
     "fewest over most": ("autoscale: {max_verifiers: 2, min_verifiers: 3}", r"autoscale: min_verifiers 3 is over max_verifiers 2"),
+    "pairs under TLS": (
+        "kv_transport: collective\ntls_ca_file: a\ntls_cert_file: b\ntls_key_file: c",
+        "kv_transport collective cannot be used with mutual TLS",
+    ),
+    "pairs for nothing": ("kv_transport: collective\nmove_kv: false", "move_kv is off"),
     "start out of range": ("num_verifiers: 5\nautoscale: {max_verifiers: 4}", r"num_verifiers 5 is not between min_verifiers 1"),
     "unknown key": ("engine: {kv_token: 5}", r"unknown key engine.kv_token \(from .*serve.yaml\); did you mean kv_tokens\?"),
     "key of another section": ("kv_tokens: 5", r"unknown key kv_tokens .*; did you mean engine.kv_tokens\?"),

@@ -31,6 +31,7 @@ class TransferCounters:
     taken_blocks: int = 0
     fetches: int = 0
     failed_fetches: int = 0
+    fallbacks: int = 0
     fetched_bytes: int = 0
     fetch_s: float = 0.0
 
@@ -51,13 +52,17 @@ class BlockPools:
         return tuple(BlockPart(name, str(t.dtype).removeprefix("torch."), tuple(t.shape[1:])) for name, t in sorted(self._tensors.items()))
 
     @torch.inference_mode()
-    def give(self, hashes: Sequence[bytes], first: int) -> KVBlocks:
-        """Copies of the cached blocks of a prefix from ``first`` on, on the host."""
+    def give(self, hashes: Sequence[bytes], first: int, on_device: bool = False) -> KVBlocks:
+        """Copies of the cached blocks of a prefix from ``first`` on, on the host or complete on the device."""
         blocks = self._pool.find(hashes)[first:]
         parts = {}
         if blocks:
             index = torch.tensor(blocks, dtype=torch.int64)
-            parts = {name: tensor.index_select(0, index.to(tensor.device)).cpu() for name, tensor in self._tensors.items()}
+            parts = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self._tensors.items()}
+            if not on_device:
+                parts = {name: part.cpu() for name, part in parts.items()}
+            elif next(iter(parts.values())).is_cuda:
+                torch.cuda.current_stream().synchronize()  # another thread, on another stream, sends them
         return KVBlocks(first, len(blocks), parts)
 
     @torch.inference_mode()
@@ -70,7 +75,10 @@ class BlockPools:
                 return 0
             new = torch.tensor(list(pool.table(TAKING)[held:end]), dtype=torch.int64)
             for name, tensor in self._tensors.items():
-                tensor.index_copy_(0, new.to(tensor.device), blocks.parts[name][held - blocks.first :].to(tensor.device))
+                part = blocks.parts[name]
+                tensor.index_copy_(0, new.to(tensor.device), part[held - blocks.first :].to(tensor.device))
+                if part.is_cuda:
+                    part.record_stream(torch.cuda.current_stream())  # it was made on another: its memory is in use until this one is done
             for index in range(held, end):
                 pool.register(TAKING, index, hashes[index])
             return end - held
@@ -94,6 +102,7 @@ class EngineExchange:
         self._pools = BlockPools(engine.pool, engine.runner.store, engine.drafter) if is_whole else None
         parts = () if self._pools is None else self._pools.parts
         self.layout = KVLayout(identity, engine.pool.block_size, *ranks, parts)
+        self.device = str(engine.target.device)
         self.counters = TransferCounters()
         self._pool = engine.pool
         self._on_engine = on_engine
@@ -110,8 +119,8 @@ class EngineExchange:
     def held(self, hashes: Sequence[bytes]) -> Future[int]:
         return self._on_engine(lambda: self._pool.count_hits(hashes))
 
-    def give(self, hashes: Sequence[bytes], first: int) -> Future[KVBlocks]:
-        return self._on_engine(lambda: self._give(hashes, first))
+    def give(self, hashes: Sequence[bytes], first: int, on_device: bool = False) -> Future[KVBlocks]:
+        return self._on_engine(lambda: self._give(hashes, first, on_device))
 
     def take(self, hashes: Sequence[bytes], blocks: KVBlocks) -> Future[int]:
         return self._on_engine(lambda: self._take(hashes, blocks))
@@ -124,6 +133,9 @@ class EngineExchange:
         self.counters.fetched_bytes += stats.num_bytes
         self.counters.fetch_s += stats.seconds
 
+    def note_fallback(self) -> None:
+        self.counters.fallbacks += 1
+
     def stats(self) -> dict[str, float]:
         """Counters for metrics."""
         counters = self.counters
@@ -133,16 +145,17 @@ class EngineExchange:
             "kv_taken_blocks_total": counters.taken_blocks,
             "kv_fetches_total": counters.fetches,
             "kv_failed_fetches_total": counters.failed_fetches,
+            "kv_fallbacks_total": counters.fallbacks,
             "kv_fetched_bytes_total": counters.fetched_bytes,
             "kv_fetch_seconds_total": counters.fetch_s,
         }
 
-    def _give(self, hashes: Sequence[bytes], first: int) -> KVBlocks:
+    def _give(self, hashes: Sequence[bytes], first: int, on_device: bool) -> KVBlocks:
         if self._pools is None:
             raise ProtocolMismatch(
                 f"KV that is spread over {self.layout.tensor_parallel} x {self.layout.expert_parallel} ranks is not moved"
             )
-        blocks = self._pools.give(hashes, first)
+        blocks = self._pools.give(hashes, first, on_device)
         self.counters.given_blocks += blocks.count
         self.counters.given_bytes += blocks.num_bytes
         return blocks

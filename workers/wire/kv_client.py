@@ -16,6 +16,7 @@ from dspark.workers.wire import kv_pb2 as pb
 from dspark.workers.wire.client import TOKEN_KEY
 from dspark.workers.wire.kv_codec import KV_PROTOCOL, MAX_CHUNK_BYTES, chunk_from_wire, joined, layout_to_wire
 from dspark.workers.wire.kv_pb2_grpc import KVBlocksStub
+from dspark.workers.wire.kv_taker import NoPair, Pairs
 from dspark.workers.wire.tls import TlsFiles
 
 LEASE_S: Final = 5.0  # for a whole fetch; a router waits longer than that for a request to be accepted
@@ -29,12 +30,21 @@ _log = logging.getLogger(__name__)
 
 
 class KVFetcher:
-    """Brings a request's KV into an engine's prefix cache before the request comes."""
+    """Brings a request's KV into an engine's prefix cache before the request comes.
 
-    def __init__(self, exchange: KVExchange, tls: TlsFiles | None = None, lease_s: float = LEASE_S) -> None:
+    With ``pair_host``, the address that this process's sockets bind to, blocks come through pairs where both ends can.
+    """
+
+    def __init__(self, exchange: KVExchange, tls: TlsFiles | None = None, lease_s: float = LEASE_S, pair_host: str | None = None) -> None:
         self._exchange = exchange
         self._tls = tls
         self._lease_s = lease_s
+        self._pairs = None if pair_host is None else Pairs(exchange, pair_host, self._channel)
+
+    async def close(self) -> None:
+        """Leave all pairs."""
+        if self._pairs is not None:
+            await self._pairs.close()
 
     async def fetch(self, request: Request) -> int:
         """Fetch what the request's source has and this engine lacks; how many blocks came. Failures are logged and counted, not raised."""
@@ -64,6 +74,15 @@ class KVFetcher:
         return 0
 
     async def _blocks(self, source: KVSource, hashes: list[bytes], first: int) -> KVBlocks:
+        if self._pairs is not None:
+            try:
+                return await self._pairs.blocks(source, hashes, first)
+            except NoPair as error:
+                self._exchange.note_fallback()
+                _log.warning("kv_transport is collective, but KV of %s comes over gRPC: %s", source.replica_id, error)
+        return await self._streamed(source, hashes, first)
+
+    async def _streamed(self, source: KVSource, hashes: list[bytes], first: int) -> KVBlocks:
         layout, chunks = self._exchange.layout, list[KVBlocks]()
         wanted = pb.Wanted(protocol=KV_PROTOCOL, layout=layout_to_wire(layout), hashes=hashes, first=first)
         async with self._channel(source.address) as channel:

@@ -10,6 +10,7 @@ import torch
 from dspark.kv_blocks import BlockPart, KVBlocks, KVLayout
 from dspark.workers.wire import kv_pb2 as pb
 from dspark.workers.wire.codec import WireError
+from dspark.workers.wire.pair import Expected, TensorHead
 from dspark.workers.wire.tensors import DTYPES, tensor_from_wire, tensor_to_wire
 
 KV_PROTOCOL: Final = 1
@@ -20,6 +21,8 @@ MAX_NAME_CHARS: Final = 256
 MAX_DIMENSIONS: Final = 6
 MAX_BLOCK_BYTES: Final = 64 * 2**20
 MAX_CHUNK_BYTES: Final = MAX_BLOCK_BYTES + 2**20  # of one message: at least a block
+PAIR_CHUNK_BYTES: Final = 64 * 2**20  # of what goes through a pair at once, or one block
+MAX_PADDING_BYTES: Final = 16 * MAX_PARTS
 
 
 def layout_to_wire(layout: KVLayout) -> pb.Layout:
@@ -74,6 +77,26 @@ def chunk_from_wire(message: pb.Chunk, layout: KVLayout, first: int, limit: int)
         for part, tensor in zip(layout.parts, message.tensors, strict=True)
     }
     return KVBlocks(first, message.count, parts)
+
+
+def head_to_wire(first: int, count: int, heads: Sequence[TensorHead]) -> pb.Head:
+    """The message that announces blocks through a pair."""
+    tensors = [pb.TensorHead(dtype=head.dtype, shape=head.shape, length=head.length, checksum=head.checksum) for head in heads]
+    return pb.Head(first=first, count=count, tensors=tensors)
+
+
+def heads_from_wire(message: pb.Head, first: int, limit: int) -> list[TensorHead]:
+    """What is announced of blocks that begin at ``first`` and do not go beyond ``limit``; each head is still to be checked."""
+    if message.first != first or not 0 < message.count <= limit - first:
+        raise WireError(f"blocks {message.first} to {message.first + message.count} are announced, expected some of {first} to {limit}")
+    if len(message.tensors) > MAX_PARTS or any(len(head.shape) > MAX_DIMENSIONS + 1 for head in message.tensors):
+        raise WireError("the head of a tensor is malformed")
+    return [TensorHead(head.dtype, tuple(head.shape), head.length, head.checksum) for head in message.tensors]
+
+
+def expected_parts(layout: KVLayout, count: int) -> list[Expected]:
+    """The tensors that ``count`` blocks consist of."""
+    return [Expected(part.name, part.dtype, (count, *part.shape)) for part in layout.parts]
 
 
 def joined(layout: KVLayout, first: int, chunks: Sequence[KVBlocks]) -> KVBlocks:

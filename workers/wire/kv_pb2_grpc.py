@@ -39,6 +39,11 @@ class KVBlocksStub:
                 request_serializer=dspark_dot_workers_dot_wire_dot_kv__pb2.Wanted.SerializeToString,
                 response_deserializer=dspark_dot_workers_dot_wire_dot_kv__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Pair = channel.stream_stream(
+                '/dspark.kv.v1.KVBlocks/Pair',
+                request_serializer=dspark_dot_workers_dot_wire_dot_kv__pb2.FromTaker.SerializeToString,
+                response_deserializer=dspark_dot_workers_dot_wire_dot_kv__pb2.FromGiver.FromString,
+                _registered_method=True)
 
 
 class KVBlocksServicer:
@@ -50,6 +55,15 @@ class KVBlocksServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pair(self, request_iterator, context):
+        """The same, but only what describes the blocks comes here: their bytes go through a torch.distributed group of two ranks, which
+        lives as long as the stream. FromTaker meet, FromGiver met, then for every prefix: prefix, and as often as there is more:
+        head, go, and the bytes; a head without blocks ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVBlocksServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +71,11 @@ def add_KVBlocksServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=dspark_dot_workers_dot_wire_dot_kv__pb2.Wanted.FromString,
                     response_serializer=dspark_dot_workers_dot_wire_dot_kv__pb2.Chunk.SerializeToString,
+            ),
+            'Pair': grpc.stream_stream_rpc_method_handler(
+                    servicer.Pair,
+                    request_deserializer=dspark_dot_workers_dot_wire_dot_kv__pb2.FromTaker.FromString,
+                    response_serializer=dspark_dot_workers_dot_wire_dot_kv__pb2.FromGiver.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +105,33 @@ class KVBlocks:
             '/dspark.kv.v1.KVBlocks/Fetch',
             dspark_dot_workers_dot_wire_dot_kv__pb2.Wanted.SerializeToString,
             dspark_dot_workers_dot_wire_dot_kv__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pair(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dspark.kv.v1.KVBlocks/Pair',
+            dspark_dot_workers_dot_wire_dot_kv__pb2.FromTaker.SerializeToString,
+            dspark_dot_workers_dot_wire_dot_kv__pb2.FromGiver.FromString,
             options,
             channel_credentials,
             insecure,

@@ -173,19 +173,21 @@ class WireServer(VerifierServicer):
         self._token = token.encode()
         self._tls = tls
         self._exchange = exchange
-        self._fetcher = None if exchange is None else KVFetcher(exchange, tls)
+        self._fetcher: KVFetcher | None = None
         self._sessions: set[_Session] = set()
         self._is_draining = False
         self._server: grpc.aio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
         self.address = ""
 
-    async def start(self, bind: str = "127.0.0.1") -> str:
-        """Listen on a free port of ``bind``; returns the address."""
+    async def start(self, bind: str = "127.0.0.1", with_pairs: bool = False) -> str:
+        """Listen on a free port of ``bind``; returns the address. ``with_pairs``: KV goes through pairs where both ends can."""
         self._server = grpc.aio.server(options=_OPTIONS)
         add_VerifierServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]  # generated without types
         if self._exchange is not None:
-            add_KVBlocksServicer_to_server(KVServer(self._exchange, self._token), self._server)  # type: ignore[no-untyped-call]
+            pair_host = bind if with_pairs else None
+            self._fetcher = KVFetcher(self._exchange, self._tls, pair_host=pair_host)
+            add_KVBlocksServicer_to_server(KVServer(self._exchange, self._token, pair_host), self._server)  # type: ignore[no-untyped-call]
         host = f"[{bind}]" if ":" in bind else bind
         self.address = f"{host}:{add_port(self._server, f'{host}:0', self._tls)}"
         await self._server.start()
@@ -198,6 +200,8 @@ class WireServer(VerifierServicer):
             session.end()
         if self._ticker is not None:
             self._ticker.cancel()
+        if self._fetcher is not None:
+            await self._fetcher.close()
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace_s)

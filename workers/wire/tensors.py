@@ -39,14 +39,22 @@ def tensor_from_wire(message: pb.Tensor, name: str, dtype: str, shape: tuple[int
         raise WireError(f"{name} of shape {list(sizes)} has {len(message.data)} bytes")
     if zlib.crc32(message.data) != message.crc32:
         raise WireError(f"{name} has a wrong checksum")
-    if not _is_finite(message.data, dtype):
+    if not is_finite(message.data, dtype):
         raise WireError(f"{name} holds a value that is not finite")
     if not message.data:
         return torch.empty(sizes, dtype=DTYPES[dtype])
     return torch.frombuffer(bytearray(message.data), dtype=DTYPES[dtype]).view(sizes)
 
 
-def _is_finite(data: bytes, dtype: str) -> bool:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of one of ``DTYPES``; WireError for another."""
+    if dtype not in _NAMES:
+        raise WireError(f"tensors of {dtype} are not sent")
+    return _NAMES[dtype]
+
+
+def is_finite(data: bytes | np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: str) -> bool:
+    """Whether no value of these bytes is infinite or not a number."""
     if dtype == "float32":
         return bool(np.isfinite(np.frombuffer(data, np.float32)).all())
     exponent = _EXPONENTS.get(dtype)

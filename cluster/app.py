@@ -20,7 +20,8 @@ from dspark.errors import ConfigError
 
 APP_NAME = "dspark"
 FAR_OUT = 100_000  # Serve's own limits: our admission decides long before they are reached
-HEALTH_TIMEOUT_S = 10.0  # three of these in a row, and Serve replaces a process that stands still
+HEALTH_CHECKS = 3  # without an answer in a row, and Serve replaces a process
+HEALTH_PERIOD_S = 5.0
 LEEWAY_S = 30.0  # between the end of our drain and Serve's kill
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
@@ -58,20 +59,22 @@ def assemble(config: ServeConfig, loader: Loader = load_verifier, draft_loader: 
     """The application around any loaders of engines and draft workers."""
     gpus = _gpus(config, "engine.device")
     places = verifier_scaling(config) | bundles(config.engine.num_ranks, gpus)
-    verifier = _deployment(Verifier, "Verifier", places, gpus, config.drain_s)
-    router = _deployment(Router, "Router", {"num_replicas": config.num_routers}, 0.0, config.drain_s)
+    verifier = _deployment(Verifier, "Verifier", places, gpus, config.drain_s, config.silence_s)
+    router = _deployment(Router, "Router", {"num_replicas": config.num_routers}, 0.0, config.drain_s, config.silence_s)
     drafting: tuple[Any, ...] = ()
     if config.topology == "disaggregated":
         workers = draft_worker_scaling(config, config.num_draft_workers)
-        drafting = (
-            _deployment(DraftWorkerReplica, "DraftWorker", workers, _gpus(config, "draft_device"), DRAIN_S).bind(config, draft_loader),
-        )
+        draft_worker = _deployment(DraftWorkerReplica, "DraftWorker", workers, _gpus(config, "draft_device"), DRAIN_S, config.silence_s)
+        drafting = (draft_worker.bind(config, draft_loader),)
     app: Application = router.bind(verifier.bind(config, loader, *drafting), config, *drafting)
     return app
 
 
-def _deployment(replica: type, name: str, places: Mapping[str, Any], gpus: float, drain_s: float) -> Any:
-    """A Serve deployment that leaves all limits to us and gives its replicas time to drain; ``places``: how many, and where."""
+def _deployment(replica: type, name: str, places: Mapping[str, Any], gpus: float, drain_s: float, silence_s: float) -> Any:
+    """A Serve deployment that leaves all limits to us and gives its replicas time to drain; ``places``: how many, and where.
+
+    A replica that has not answered for about ``silence_s`` is replaced.
+    """
     return serve.deployment(
         name=name,
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
@@ -79,8 +82,8 @@ def _deployment(replica: type, name: str, places: Mapping[str, Any], gpus: float
         graceful_shutdown_wait_loop_s=0.1,
         max_ongoing_requests=FAR_OUT,
         max_queued_requests=-1,
-        health_check_period_s=5.0,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        health_check_period_s=min(HEALTH_PERIOD_S, silence_s / HEALTH_CHECKS),
+        health_check_timeout_s=silence_s / HEALTH_CHECKS,
         logging_config=QUIET,
         **places,
     )(replica)

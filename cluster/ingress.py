@@ -46,6 +46,7 @@ class Router:
         context = serve.get_replica_context()
         self._name = context.replica_tag
         self._tls = tls_files(config)
+        self._silence_s = config.silence_s
         self._verifiers = verifiers
         self._routers: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
         watch = DraftWatch(partial(ask_draft_workers, draft_workers)) if draft_workers is not None else None
@@ -106,7 +107,7 @@ class Router:
         return [ReplicaFacts(**facts) for facts in found if isinstance(facts, dict)]
 
     def _connect(self, facts: ReplicaFacts) -> Link:
-        return GrpcLink(facts.replica_id, facts.address, facts.token, self._name, facts.fingerprint, self._tls)
+        return GrpcLink(facts.replica_id, facts.address, facts.token, self._name, facts.fingerprint, self._tls, self._silence_s)
 
     async def _other_families(self) -> list[list[Family]]:
         try:

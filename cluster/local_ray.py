@@ -39,6 +39,7 @@ RAY_DEFAULTS: Final = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),  # whole responses with log-probabilities can be large
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a process that stands still cannot drain, and holds its GPU until it is killed
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # a tenth of a second would cost 2 % of a core for nothing
     "RAY_worker_niceness": "0",  # Ray runs workers at 15: any other process of the machine would starve the engine
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -99,7 +99,7 @@ def load_verifier(config: EngineConfig, progress: Callable[[str], None], draftin
         return load_remote_engine(config, remote, progress, launcher)
 
     loaded = call_in_own_thread(load)
-    host = EngineHost(loaded.engine)
+    host = EngineHost(loaded.engine, config.stall_s)
     ready = Ready(host, loaded.model_name, loaded.engine.options.max_model_len, loaded.describe)
     identity = f"{fingerprint_of(ready)} {loaded.describe['drafter']}"
     ranks = (config.tensor_parallel, config.expert_parallel)

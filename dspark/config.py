@@ -48,6 +48,9 @@ class EngineConfig(BaseModel):
     profile: bool = Field(default=True, description="measure the step-cost table at start; without it adaptive never trims")
     profile_cache: bool = Field(default=True, description="keep the step-cost table in the cache folder and use it at the next start")
     threads: int | None = Field(default=None, ge=1, description="CPU threads for tensor work, of each rank; None: torch's default")
+    stall_s: float = Field(
+        default=60.0, ge=1.0, le=3600.0, description="an engine that works on one step for so long, or waits for a rank, is given up"
+    )
     tensor_parallel: int = Field(
         default=1,
         ge=1,
@@ -171,6 +174,12 @@ class ServeConfig(BaseModel):
     )
     replay_wait_s: float = Field(
         default=60.0, ge=0.0, le=3600.0, description="longest wait for another verifier when one dies under a running stream"
+    )
+    silence_s: float = Field(
+        default=30.0,
+        ge=1.0,
+        le=600.0,
+        description="a process that says nothing for so long is given up and replaced",
     )
     move_kv: bool = Field(
         default=True,

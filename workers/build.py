@@ -126,7 +126,7 @@ def _load_parallel(
     config: EngineConfig, spec: RankSpec, launcher: Launcher, progress: Progress, make_drafter: MakeDrafter | None
 ) -> Loaded:
     """An engine whose target is spread over ranks; they end with it, or with an error here."""
-    ranks = Ranks(spec, launcher)
+    ranks = Ranks(spec, launcher, config.stall_s)
     with ranks.loading():
         target = ranks.load_target()
         return assemble(target, load_tokenizer(spec.model, spec.revision), config, progress, make_drafter)

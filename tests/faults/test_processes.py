@@ -1,7 +1,8 @@
-"""Processes of a whole cluster that are killed, stopped or slowed down while 16 requests stream: nothing is lost, doubled or changed.
+"""Processes of a whole cluster that are killed, stopped, slowed down, cut off or told noise while 16 requests stream.
 
-Two verifiers of two ranks each, two draft workers and a router under Serve. A router takes its clients' connections with it, so
-a client whose stream breaks asks again, as clients do; every other fault must be invisible to clients.
+Two verifiers of two ranks each, two draft workers and a router under Serve. Nothing may be lost, doubled or changed. A router
+takes its clients' connections with it, so a client whose stream breaks asks again, as clients do; every other fault must be
+invisible to clients.
 """
 
 from __future__ import annotations
@@ -19,26 +20,38 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
-from helpers.repeats import FAULT_REPEATS
+from helpers import sockets
+from helpers.repeats import FAULT_REPEATS, counted
 from helpers.servers import Server
 from helpers.tiny_model import save_tiny_drafter, save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-NUM_STREAMS, LENGTH = 16, 250
+NUM_STREAMS, LENGTH = 16, 200
+SILENCE_S = 9.0  # after which a process or a rank is given up
 SLOW_S = 3.0  # of stopping and going on
-BACK_S = 300.0  # for Serve to find a stopped process, to kill it, and to start another one
+BACK_S = 200.0  # for Serve to find a stopped process, to kill it, and to start another one
 SETTINGS = [
     *("--topology", "disaggregated", "--verifiers", "2", "--draft-workers", "2", "-tp", "2", "--draft-kv-tokens", "8192"),
     *("--dtype", "float32", "--kv-tokens", "16384", "--no-profile", "--speculation", "static:2", "--threads", "1", "--drain-s", "30"),
+    *("--silence-s", f"{SILENCE_S:g}", "--stall-s", f"{SILENCE_S:g}"),
 ]
 MARKS = {
     "verifier": "ServeReplica:dspark:Verifier",
     "draft worker": "ServeReplica:dspark:DraftWorker",
     "router": "ServeReplica:dspark:Router",
+    "rank": "ray::Rank",
+    "proxy": "ray::ProxyActor",
 }
-VICTIMS = (*MARKS, "rank")
 WHOLE = {"verifier": 2, "draft worker": 2, "router": 1, "rank": 2}
+VICTIMS = tuple(WHOLE)
+# From whom a cut network separates a process. A rank speaks to nobody but its verifier.
+OTHERS = {
+    "verifier": ("router", "draft worker", "verifier"),
+    "draft worker": ("verifier", "router"),
+    "router": ("proxy", "verifier", "draft worker"),
+    "rank": ("verifier",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +77,7 @@ def expected(cluster: Server) -> dict[int, str]:
 
 
 def processes(server: Server, kind: str) -> list[int]:
-    found = server.processes()
-    if kind == "rank":
-        return [pid for pid, command in found.items() if command.startswith("ray::Rank")]
-    return [pid for pid, command in found.items() if MARKS[kind] in command]
+    return [pid for pid, command in server.processes().items() if MARKS[kind] in command]
 
 
 @dataclass
@@ -80,6 +90,7 @@ class Streams:
     errors: list[str] = field(default_factory=list)
     again: Counter[int] = field(default_factory=Counter)  # client -> how often it had to ask again
     num_events: int = 0
+    longest_pause_s: float = 0.0
 
     def run(self, when: int = 0, what: Callable[[], None] | None = None) -> None:
         """Run all streams to their ends; do ``what`` in another thread after ``when`` events."""
@@ -108,6 +119,7 @@ class Streams:
     def _ask(self, number: int) -> str | None:
         """The text, or None if the connection broke."""
         sampling = {"temperature": 0.0} if number % 2 else {"temperature": 0.9, "seed": number}
+        last_s = time.monotonic()
         body = {"model": "tiny", "prompt": f"stream {number}", "max_tokens": LENGTH, "ignore_eos": True, "stream": True}
         parts: list[str] = []
         try:
@@ -125,21 +137,26 @@ class Streams:
                             return ""
                         parts.append(event["choices"][0]["text"])
                         self.num_events += 1
+                        last_s, before_s = time.monotonic(), last_s
+                        self.longest_pause_s = max(self.longest_pause_s, last_s - before_s)
         except httpx.HTTPError:
             return None
         return None  # it ended before its end
 
 
-def kill(pid: int) -> None:
+Fault = Callable[[Server, str, int, random.Random], None]
+
+
+def kill(server: Server, kind: str, pid: int, chance: random.Random) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def stop(pid: int) -> None:
+def stop(server: Server, kind: str, pid: int, chance: random.Random) -> None:
     """For good: somebody else has to find it and to replace it."""
     os.kill(pid, signal.SIGSTOP)
 
 
-def slow(pid: int) -> None:
+def slow(server: Server, kind: str, pid: int, chance: random.Random) -> None:
     """It runs a third of the time."""
     deadline = time.monotonic() + SLOW_S
     with contextlib.suppress(ProcessLookupError):
@@ -150,7 +167,21 @@ def slow(pid: int) -> None:
             time.sleep(0.05)
 
 
-FAULTS = {"kill": kill, "stop": stop, "slow": slow}
+def partition(server: Server, kind: str, pid: int, chance: random.Random) -> None:
+    """It is cut off from those it works with, for a moment or for longer than anybody waits."""
+    assert sockets.partition(pid, others(server, kind, pid), chance.uniform(0.2, 1.5) * SILENCE_S)
+
+
+def corrupt(server: Server, kind: str, pid: int, chance: random.Random) -> None:
+    """Noise comes through all of its connections to those it works with."""
+    assert sockets.corrupt(pid, others(server, kind, pid), chance)
+
+
+def others(server: Server, kind: str, pid: int) -> list[int]:
+    return [other for name in OTHERS[kind] for other in processes(server, name) if other != pid]
+
+
+FAULTS: dict[str, Fault] = {"kill": kill, "stop": stop, "slow": slow, "partition": partition, "corrupt": corrupt}
 
 
 def is_whole(server: Server) -> bool:
@@ -183,23 +214,25 @@ def eventually_whole(server: Server, what: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_streams_survive(cluster: Server, expected: dict[int, str], victim: str, fault: str) -> None:
+    if fault in ("partition", "corrupt") and not sockets.can_borrow():
+        pytest.skip("this system does not let a process borrow sockets of others")
     for repeat in range(FAULT_REPEATS):
         eventually_whole(cluster, "before the fault")
-        chance = random.Random(f"{victim} {fault} {repeat}")
-        streams = Streams(cluster)
-        hit_s = 0.0
+        with counted(victim, fault) as recovery:
+            chance = random.Random(f"{victim} {fault} {repeat}")
+            streams = Streams(cluster)
+            hit_s = 0.0
 
-        def hit(chance: random.Random = chance) -> None:
-            nonlocal hit_s
-            hit_s = time.monotonic()
-            FAULTS[fault](chance.choice(processes(cluster, victim)))
+            def hit(chance: random.Random = chance) -> None:
+                nonlocal hit_s
+                hit_s = time.monotonic()
+                FAULTS[fault](cluster, victim, chance.choice(processes(cluster, victim)), chance)
 
-        streams.run(chance.randrange(100, 1000), hit)
-        done_s = time.monotonic() - hit_s
-        assert streams.texts == expected
-        if victim != "router":
-            assert not streams.again, f"clients noticed: {streams.again}"
-        eventually_whole(cluster, "after the fault")
-        whole_s = time.monotonic() - hit_s
-        told = f"{victim} {fault} {repeat}: all texts after {done_s:.1f} s, whole and empty again after {whole_s:.1f} s"
+            streams.run(chance.randrange(100, 1000), hit)
+            assert streams.texts == expected
+            if victim != "router":
+                assert not streams.again, f"clients noticed: {streams.again}"
+            eventually_whole(cluster, "after the fault")
+            recovery.pause_s, recovery.whole_s = streams.longest_pause_s, time.monotonic() - hit_s
+        told = f"{victim} {fault} {repeat}: longest pause {recovery.pause_s:.1f} s, whole and empty again after {recovery.whole_s:.1f} s"
         print(f"{told}, {streams.again.total()} requests asked again")

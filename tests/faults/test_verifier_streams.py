@@ -26,7 +26,6 @@ from dspark.sampling import SamplingParams
 from dspark.types import Request
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.host import EngineHost
-from dspark.workers.wire import client as client_module
 from dspark.workers.wire.client import GrpcLink
 from dspark.workers.wire.link import Link
 from dspark.workers.wire.server import WireServer
@@ -72,7 +71,7 @@ class Cluster:
             return facts
 
         def connect(found: ReplicaFacts) -> Link:
-            return GrpcLink(found.replica_id, found.address, found.token, "router", found.fingerprint)
+            return GrpcLink(found.replica_id, found.address, found.token, "router", found.fingerprint, silence_s=SILENCE_S)
 
         fleet = Fleet(discover, connect)
         await fleet.refresh()
@@ -109,7 +108,6 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cluster(plain: dict[str, dict[str, list[int]]], kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setattr(client_module, "SILENCE_S", SILENCE_S)
     monkeypatch.setattr(fleet_module, "OPEN_TIMEOUT_S", 0.5)
     monkeypatch.setattr(fleet_module, "REFRESH_S", 0.1)
     built = Cluster([[*request.prompt_token_ids, *plain[kind][request.id]] for request in REQUESTS[kind]])

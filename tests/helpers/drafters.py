@@ -180,5 +180,6 @@ class KnownTexts:
         return trees
 
     def close(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            del self._known[request_id], self._wanted[request_id]
+        for request_id in request_ids:  # one that was cancelled before its first turn is not known
+            self._known.pop(request_id, None)
+            self._wanted.pop(request_id, None)

@@ -23,7 +23,6 @@ from dspark.errors import ConfigError, WorkerLost
 from dspark.types import Finish
 from dspark.workers.build import Loaded, load_engine
 from dspark.workers.verifier.host import EngineHost
-from dspark.workers.verifier.parallel.leader import Ranks
 from dspark.workers.verifier.parallel.processes import ProcessLauncher, RankProcesses
 from dspark.workers.verifier.parallel.spec import RankSpec
 
@@ -128,10 +127,9 @@ def test_an_llm_over_ranks_says_what_one_says(tmp_path: Path, family: str, tenso
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_noticed_after_the_stall_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ranks.__init__, "__defaults__", (2.0,))
+def test_a_stopped_rank_is_noticed_after_the_stall_limit(folder: Path) -> None:
     launcher = Launcher()
-    host, receiver = start_generating(load_engine(config(folder, 2, 1), launcher=launcher))
+    host, receiver = start_generating(load_engine(config(folder, 2, 1, stall_s=2.0), launcher=launcher))
     os.kill(launcher.pids[1], signal.SIGSTOP)
     assert_lost(host, receiver, "has not ended in 2 s", 2.0 + BOUND_S)
     wait_for_end(list(launcher.pids.values()))

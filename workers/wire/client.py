@@ -27,7 +27,7 @@ from dspark.workers.wire.link import Link
 from dspark.workers.wire.tls import TlsFiles
 
 TOKEN_KEY: Final = "dspark-token"
-SILENCE_S: Final = 30.0  # views come four times a second: half a minute without a word means that the process is stuck
+SILENCE_S: Final = 30.0  # views come four times a second: so long without a word means that the process is stuck or cut off
 
 _OPTIONS: Final = (
     ("grpc.max_send_message_length", MAX_UP_BYTES),
@@ -43,11 +43,21 @@ class GrpcLink(Link):
     """The stream to the verifier at ``address``; ``token`` is the secret that the verifier gave out through Serve.
 
     ``fingerprint`` names the model this router expects; a verifier with another one is refused as ``ProtocolMismatch``.
-    ``tls`` secures the stream.
+    ``tls`` secures the stream. A verifier that says nothing for ``silence_s`` is lost.
     """
 
-    def __init__(self, replica_id: str, address: str, token: str, session: str, fingerprint: str = "", tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        address: str,
+        token: str,
+        session: str,
+        fingerprint: str = "",
+        tls: TlsFiles | None = None,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         super().__init__(replica_id, address)
+        self._silence_s = silence_s
         self._tls = tls
         self._token = token
         self._hello = pb.Hello(protocol=PROTOCOL, session=session, fingerprint=fingerprint)
@@ -122,14 +132,14 @@ class GrpcLink(Link):
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.Up, pb.Down]) -> None:
         try:
             while True:
-                async with asyncio.timeout(SILENCE_S):
+                async with asyncio.timeout(self._silence_s):
                     message = await call.read()
                 if not isinstance(message, pb.Down):
                     self._fell("the stream ended")
                     return
                 self._take(message)
         except TimeoutError:
-            self._fell(f"silent for {SILENCE_S:g} s")
+            self._fell(f"silent for {self._silence_s:g} s")
         except (grpc.aio.AioRpcError, WireError) as error:
             self._fell(_reason(error))
         finally:

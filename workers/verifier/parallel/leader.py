@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from dspark.errors import ConfigError, WorkerLost
+from dspark.errors import ConfigError, DSparkError, WorkerLost
 from dspark.workers.blocks import BLOCK_SIZE
 from dspark.workers.verifier.forward import StepInput
 from dspark.workers.verifier.parallel.group import RankGroup
@@ -24,7 +24,6 @@ from dspark.workers.verifier.parallel.spec import RankSpec
 from dspark.workers.verifier.targets import Target
 
 POLL_S = 0.1
-STALL_S = 60.0  # a forward that takes longer has met a rank that is stopped or cut off
 END_S = 5.0  # for the others to end by themselves
 
 log = logging.getLogger(__name__)
@@ -61,9 +60,12 @@ class Launcher(Protocol):
 
 
 class Ranks:
-    """The other ranks of a parallel target, from their start to their end. ``spec`` is the leader's."""
+    """The other ranks of a parallel target, from their start to their end. ``spec`` is the leader's.
 
-    def __init__(self, spec: RankSpec, launcher: Launcher, stall_s: float = STALL_S) -> None:
+    A forward that takes longer than ``stall_s`` has met a rank that is stopped or cut off.
+    """
+
+    def __init__(self, spec: RankSpec, launcher: Launcher, stall_s: float) -> None:
         self._store, port = open_store(launcher.host)
         specs = [replace(spec, rank=rank, host=launcher.host, port=port) for rank in range(spec.layout.size)]
         specs = [replace(one, device=launcher.device(spec.device, one.layout)) for one in specs]
@@ -77,7 +79,7 @@ class Ranks:
         self._started = launcher.start(specs[1:])
         try:
             self._meet()
-            self._group = RankGroup(spec.layout, self._store, launcher.host, torch.device(self._spec.device))
+            self._group = self._connect(launcher.host)
         except BaseException:
             self._started.end(0.0)
             raise
@@ -165,8 +167,20 @@ class Ranks:
         keys = [here_key(rank) for rank in range(1, self._spec.layout.size)]
         while not self._store.check(keys):
             if (loss := self._started.loss()) is not None:
-                raise ConfigError(loss.reason) if loss.is_refusal else WorkerLost(loss.reason)
+                raise _as_error(loss)
             time.sleep(POLL_S)
+
+    def _connect(self, host: str) -> RankGroup:
+        """The group, once all ranks have joined it. A rank that ends while they connect is named, as it is later."""
+        try:
+            return RankGroup(self._spec.layout, self._store, host, torch.device(self._spec.device))
+        except RuntimeError as error:
+            deadline = time.monotonic() + END_S
+            while (loss := self._started.loss()) is None and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            if loss is None:
+                raise WorkerLost(f"the ranks could not connect: {error}") from error
+            raise _as_error(loss) from error
 
     def _is_busy(self) -> bool:
         """Whether a forward has begun and not ended; one that failed counts as well."""
@@ -186,3 +200,7 @@ class Ranks:
         if since is None or not self._is_busy() or time.monotonic() - since < self._stall_s:
             return None
         return Loss(f"a forward has not ended in {self._stall_s:g} s: a rank is stopped or cut off")
+
+
+def _as_error(loss: Loss) -> DSparkError:
+    return ConfigError(loss.reason) if loss.is_refusal else WorkerLost(loss.reason)

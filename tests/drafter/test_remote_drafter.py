@@ -127,6 +127,36 @@ def test_propose_waits_for_nothing_and_collect_no_longer_than_it_may() -> None:
         side.drafter.close(["r"])
 
 
+def test_a_worker_that_fell_silent_costs_one_wait() -> None:
+    """However many requests wait for it, in whatever groups, and however long it stays silent."""
+    with draft_workers(MODULE, "w0") as workers:
+        side = far(workers)
+        for name in ("a", "b"):
+            side.feed(name, 15)
+            assert side.draft(name) is not None
+        workers.network.faults["w0"].delay_s = 3.0
+        started, waited_s = time.monotonic(), []
+        for base_len in range(16, 40):
+            for name in ("a", "b"):
+                side.feed(name, base_len, base_len - 1, base_len - 2)
+            for name in ("a", "b"):
+                began = time.monotonic()
+                assert side.draft(name, wait_s=0.05) is None
+                waited_s.append(time.monotonic() - began)
+            time.sleep(0.06)
+        assert time.monotonic() - started > PAUSE_S + 0.5, "its pause is over"
+        assert side.drafter.stats()["draft_misses_total"] == 1
+        assert waited_s[0] >= 0.05
+        assert sum(waited_s[1:]) < 0.1
+        workers.network.faults["w0"].delay_s = 0.0
+        eventually(lambda: bool(side.drafter.collect({}, 0.0) == {} and side.drafter.links.usable()), "the worker's return", 5.0)
+        side.feed("a", 41, 39, 38)
+        alone = near()
+        alone.feed("a", 41)
+        same(side.draft("a"), alone.draft("a"))
+        side.drafter.close(["a", "b"])
+
+
 def test_each_miss_in_a_row_doubles_the_pause() -> None:
     with draft_workers(MODULE, "w0") as workers:
         links = workers.connect()

@@ -99,6 +99,7 @@ class DraftLink:
         self._changed = changed
         self._clock = clock
         self._next_seq = 0
+        self._missed_seq = -1  # the newest batch that was waited for in vain
 
     @property
     def is_open(self) -> bool:
@@ -106,7 +107,19 @@ class DraftLink:
 
     def is_usable(self, now_s: float) -> bool:
         """Whether it may be sent a batch: open, not too far behind, and not to be left alone after a miss."""
-        return self.is_open and len(self.pending) < MAX_PENDING and (not self.trust.misses or now_s >= self.trust.pause_until_s)
+        if not self.is_open or len(self.pending) >= MAX_PENDING or self.is_overdue:
+            return False
+        return not self.trust.misses or now_s >= self.trust.pause_until_s
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether it still owes what was waited for in vain. Nobody waits for it again before that has come: it may be dead."""
+        return next(iter(list(self.pending)), self._next_seq) <= self._missed_seq
+
+    def miss(self, seq: int, now_s: float) -> None:
+        """Batch ``seq`` was waited for in vain."""
+        self._missed_seq = max(self._missed_seq, seq)
+        self.trust.miss(now_s)
 
     def end_if_stuck(self, now_s: float) -> None:
         """End the stream if a batch has waited too long for its answer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Final
 
 import torch
@@ -244,7 +245,8 @@ class RemoteDrafter:
         awaited = {
             (request.link, request.awaited)
             for request in requests
-            if request.link is not None and request.link.is_open and request.awaited is not None and request.tree is None
+            if request.link is not None and request.awaited is not None and request.tree is None
+            if request.link.is_open and not request.link.is_overdue
         }
         if not awaited or wait_s <= 0:
             return
@@ -252,11 +254,11 @@ class RemoteDrafter:
         self.links.wait_answered(awaited, wait_s)
         now_s = self.links.clock()
         self.counters.wait_s += now_s - started_s
-        late = {link for link, seq in awaited if seq in link.pending}
-        for link in late:
-            link.trust.miss(now_s)
+        late = {link: seq for link, seq in sorted(awaited, key=itemgetter(1)) if seq in link.pending}
+        for link, seq in late.items():
+            link.miss(seq, now_s)
             self.counters.misses += 1
-        for link in {link for link, _ in awaited if link.is_open} - late:
+        for link in {link for link, _ in awaited if link.is_open} - late.keys():
             link.trust.keep()
         self._absorb()
 

@@ -27,8 +27,8 @@ from helpers.tiny_model import save_tiny_drafter, save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-NUM_STREAMS, LENGTH = 16, 200
-SILENCE_S = 9.0  # after which a process or a rank is given up
+NUM_STREAMS, LENGTH = 16, 120
+SILENCE_S = 7.5  # after which a process or a rank is given up
 SLOW_S = 3.0  # of stopping and going on
 BACK_S = 200.0  # for Serve to find a stopped process, to kill it, and to start another one
 SETTINGS = [
@@ -228,7 +228,7 @@ def test_streams_survive(cluster: Server, expected: dict[int, str], victim: str,
                 hit_s = time.monotonic()
                 FAULTS[fault](cluster, victim, chance.choice(processes(cluster, victim)), chance)
 
-            streams.run(chance.randrange(100, 1000), hit)
+            streams.run(chance.randrange(100, 800), hit)
             assert streams.texts == expected
             if victim != "router":
                 assert not streams.again, f"clients noticed: {streams.again}"

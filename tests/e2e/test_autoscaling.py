@@ -95,18 +95,6 @@ def dspark_status(server: Server, *flags: str) -> str:
     return done.stdout
 
 
-def ray_metrics(server: Server, name: str) -> list[str]:
-    """Lines of one metric at any of the endpoints where Ray's agents show metrics to Prometheus."""
-    lines: list[str] = []
-    for port in {port for _, port, _ in server.listening()} - {server.port}:
-        try:
-            text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=1.0).text
-        except httpx.HTTPError:  # it speaks something else
-            continue
-        lines += [line for line in text.splitlines() if line.startswith(name)]
-    return lines
-
-
 def works_everywhere(server: Server) -> bool:
     rounds = server.metrics("dspark_rounds_total").values()
     return len(rounds) == 2 and min(rounds) > 0
@@ -122,7 +110,7 @@ def test_a_load_step_scales_up_and_down_and_loses_nothing(scaled: Server) -> Non
             eventually(lambda: works_everywhere(scaled), 30, scaled, "its work")
             assert "2 verifiers wanted" in dspark_status(scaled)
             assert len(json.loads(dspark_status(scaled, "--json"))["verifiers"]) == 2
-            eventually(lambda: any(x.endswith(" 2.0") for x in ray_metrics(scaled, "ray_dspark_verifiers{")), 40, scaled, "Ray's metrics")
+            eventually(lambda: any(x.endswith(" 2.0") for x in scaled.ray_metrics("ray_dspark_verifiers{")), 40, scaled, "Ray's metrics")
         down_s = eventually(lambda: len(httpx.get(f"{scaled.url}/status").json()["verifiers"]) == 1, 120, scaled, "one verifier again")
         time.sleep(5)
         assert healthy(scaled) == 1

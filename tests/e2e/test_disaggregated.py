@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 
 import httpx
 import openai
 import pytest
 from helpers.draft_workers import eventually
-from helpers.servers import Server
+from helpers.servers import ROOT, Server
 from helpers.tiny_model import save_tiny_drafter, save_tiny_model
+
+from dspark.status import CLEAR, INACTIVE, PLAIN, RED
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +30,8 @@ def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models")
     save_tiny_drafter(save_tiny_model(folder / "tiny", max_len=2048), folder / "draft")
     topology = ["--topology", "disaggregated", "--verifiers", "2", "--draft-workers", "1", "--draft-kv-tokens", "8192"]
-    running = Server(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *topology, *SETTINGS, "--drain-s", "20")
+    settings = [*topology, *SETTINGS, "--drain-s", "20", "--dashboard"]
+    running = Server(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *settings)
     try:
         yield running.wait()
     finally:
@@ -80,6 +88,65 @@ def test_text_goes_on_when_the_draft_worker_is_killed(disaggregated: Server) -> 
     assert complete(disaggregated, "after") == plain(disaggregated, "after")
     eventually(lambda: total(disaggregated, "dspark_draft_trees_total") > before + 200, "drafting again", 5)
     assert total(disaggregated, "dspark_replays_total") == 0
+
+
+class Terminal:
+    """``dspark status`` as it looks on a terminal."""
+
+    def __init__(self, server: Server, *flags: str) -> None:
+        self._end, other = pty.openpty()
+        command = [sys.executable, "-m", "dspark", "status", "--port", str(server.port), *flags]
+        environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=other, stderr=subprocess.STDOUT)
+        os.close(other)
+        self.text = ""
+
+    def read_until(self, condition: Callable[[str], bool], timeout_s: float = 30.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition(self.text):
+            assert time.monotonic() < deadline, self.text
+            if select.select([self._end], [], [], 0.1)[0]:
+                self.text += os.read(self._end, 65536).decode()
+
+    def close(self, number: int) -> int:
+        self.process.send_signal(number)
+        status = self.process.wait(20)
+        os.close(self._end)
+        return status
+
+
+def test_the_status_is_red_while_drafts_are_wanted_and_none_come(disaggregated: Server) -> None:
+    expected = plain(disaggregated, "red")
+    (worker,) = draft_workers(disaggregated)
+    os.kill(worker, signal.SIGSTOP)  # Serve will replace it, in half a minute
+    try:
+        assert complete(disaggregated, "red") == expected
+        once = Terminal(disaggregated)
+        once.read_until(lambda text: "busy" in text)
+        assert f"{RED}{INACTIVE}{PLAIN}" in once.text
+        assert once.close(signal.SIGINT) == 0
+        watching = Terminal(disaggregated, "--watch", "--interval", "0.5")
+        watching.read_until(lambda text: text.count(f"{RED}{INACTIVE}{PLAIN}") > 1 and text.count(CLEAR) > 1)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    eventually(lambda: complete(disaggregated, "red") == expected and is_active(disaggregated), "drafting again", 60)
+    screens = watching.text.count(CLEAR)
+    watching.read_until(lambda text: text.count(CLEAR) > screens + 1 and INACTIVE not in text.split(CLEAR)[-2])
+    assert watching.close(signal.SIGINT) in (0, 130)
+
+
+def is_active(server: Server) -> bool:
+    states = [verifier["speculation"]["state"] for verifier in httpx.get(f"{server.url}/status").json()["verifiers"]]
+    return "active" in states and len(states) == 2
+
+
+def test_the_ray_dashboard_shows_deployments_replicas_and_our_metrics(disaggregated: Server) -> None:
+    deployments = disaggregated.dashboard("/api/serve/applications/")["applications"]["dspark"]["deployments"]
+    counts = {name: [replica["state"] for replica in found["replicas"]] for name, found in deployments.items()}
+    assert counts == {"Router": ["RUNNING"], "Verifier": ["RUNNING"] * 2, "DraftWorker": ["RUNNING"]}
+    for name in ("ray_dspark_verifiers{", "ray_dspark_requests_running{", "ray_dspark_speculation_inactive{"):
+        eventually(lambda name=name: bool(disaggregated.ray_metrics(name)), name, 40)  # type: ignore[misc]
+    assert any(line.endswith(" 2.0") for line in disaggregated.ray_metrics("ray_dspark_verifiers{"))
 
 
 def test_nothing_is_left_at_the_workers(disaggregated: Server) -> None:

@@ -90,7 +90,8 @@ class Streams:
     errors: list[str] = field(default_factory=list)
     again: Counter[int] = field(default_factory=Counter)  # client -> how often it had to ask again
     num_events: int = 0
-    longest_pause_s: float = 0.0
+    longest_pause_s: float = 0.0  # of any client between two events, asking again included
+    _last_s: dict[int, float] = field(default_factory=dict)
 
     def run(self, when: int = 0, what: Callable[[], None] | None = None) -> None:
         """Run all streams to their ends; do ``what`` in another thread after ``when`` events."""
@@ -106,7 +107,8 @@ class Streams:
         assert not self.errors, self.errors
 
     def _client(self, number: int) -> None:
-        deadline = time.monotonic() + BACK_S
+        self._last_s[number] = time.monotonic()
+        deadline = self._last_s[number] + BACK_S
         while time.monotonic() < deadline:
             text = self._ask(number)
             if text is not None:
@@ -119,7 +121,6 @@ class Streams:
     def _ask(self, number: int) -> str | None:
         """The text, or None if the connection broke."""
         sampling = {"temperature": 0.0} if number % 2 else {"temperature": 0.9, "seed": number}
-        last_s = time.monotonic()
         body = {"model": "tiny", "prompt": f"stream {number}", "max_tokens": LENGTH, "ignore_eos": True, "stream": True}
         parts: list[str] = []
         try:
@@ -137,8 +138,9 @@ class Streams:
                             return ""
                         parts.append(event["choices"][0]["text"])
                         self.num_events += 1
-                        last_s, before_s = time.monotonic(), last_s
-                        self.longest_pause_s = max(self.longest_pause_s, last_s - before_s)
+                        now_s = time.monotonic()
+                        self.longest_pause_s = max(self.longest_pause_s, now_s - self._last_s[number])
+                        self._last_s[number] = now_s
         except httpx.HTTPError:
             return None
         return None  # it ended before its end

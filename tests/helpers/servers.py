@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import signal
@@ -100,6 +101,28 @@ class Server:
         text = httpx.get(f"{self.url}/metrics").text
         samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name == name]
         return {s.labels.get("replica", ""): s.value for s in samples}
+
+    def ray_metrics(self, name: str) -> list[str]:
+        """Lines of one metric at any of the endpoints where Ray's agents show metrics to Prometheus."""
+        lines: list[str] = []
+        for port in {port for _, port, _ in self.listening()} - {self.port}:
+            try:
+                text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=1.0).text
+            except httpx.HTTPError:  # it speaks something else
+                continue
+            lines += [line for line in text.splitlines() if line.startswith(name)]
+        return lines
+
+    def dashboard(self, path: str) -> Any:
+        """What Ray's dashboard answers; the server runs with ``--dashboard``."""
+        ports = [port for _, port, command in self.listening() if "dashboard/dashboard.py" in command]
+        token = os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").read_text().strip()
+        for port in ports:  # it also has ports for Ray's own processes
+            with contextlib.suppress(httpx.HTTPError, ValueError):
+                response = httpx.get(f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {token}"}, timeout=20)
+                if response.status_code == 200:
+                    return response.json()
+        raise AssertionError(f"no dashboard answers {path} at ports {ports}")
 
     def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=60, **more) if body is not None else httpx.post(self.url + path, **more)

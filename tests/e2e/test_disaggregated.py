@@ -84,9 +84,13 @@ def test_text_goes_on_when_the_draft_worker_is_killed(disaggregated: Server) -> 
     assert httpx.get(f"{disaggregated.url}/health").status_code == 200
     eventually(lambda: draft_workers(disaggregated) not in ([], [worker]), "Serve's replacing the draft worker", 60)
     eventually(lambda: set(disaggregated.metrics("dspark_draft_workers").values()) == {1.0}, "finding it", 60)
-    before = total(disaggregated, "dspark_draft_trees_total")
-    assert complete(disaggregated, "after") == plain(disaggregated, "after")
-    eventually(lambda: total(disaggregated, "dspark_draft_trees_total") > before + 200, "drafting again", 5)
+    before, expected = total(disaggregated, "dspark_draft_trees_total"), plain(disaggregated, "after")
+
+    def drafts_again() -> bool:
+        assert complete(disaggregated, "after") == expected
+        return total(disaggregated, "dspark_draft_trees_total") > before + 200
+
+    eventually(drafts_again, "drafting again", 60)
     assert total(disaggregated, "dspark_replays_total") == 0
 
 

@@ -1,8 +1,8 @@
 """Processes of a whole cluster that are killed, stopped, slowed down, cut off or told noise while 16 requests stream.
 
-Two verifiers of two ranks each, two draft workers and a router under Serve. Nothing may be lost, doubled or changed. A router
-takes its clients' connections with it, so a client whose stream breaks asks again, as clients do; every other fault must be
-invisible to clients.
+Two verifiers, two draft workers and a router under Serve, and for faults of ranks two verifiers of two ranks each. Nothing may
+be lost, doubled or changed. A router takes its clients' connections with it, so a client whose stream breaks asks again, as
+clients do; every other fault must be invisible to clients.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import pytest
@@ -32,10 +33,10 @@ SILENCE_S = 7.5  # after which a process or a rank is given up
 SLOW_S = 3.0  # of stopping and going on
 BACK_S = 200.0  # for Serve to find a stopped process, to kill it, and to start another one
 SETTINGS = [
-    *("--topology", "disaggregated", "--verifiers", "2", "--draft-workers", "2", "-tp", "2", "--draft-kv-tokens", "8192"),
-    *("--dtype", "float32", "--kv-tokens", "16384", "--no-profile", "--speculation", "static:2", "--threads", "1", "--drain-s", "30"),
-    *("--silence-s", f"{SILENCE_S:g}", "--stall-s", f"{SILENCE_S:g}"),
+    *("--verifiers", "2", "--dtype", "float32", "--kv-tokens", "16384", "--no-profile", "--speculation", "static:2", "--threads", "1"),
+    *("--drain-s", "30", "--silence-s", f"{SILENCE_S:g}", "--stall-s", f"{SILENCE_S:g}"),
 ]
+DISAGGREGATED = ["--topology", "disaggregated", "--draft-workers", "2", "--draft-kv-tokens", "8192"]
 MARKS = {
     "verifier": "ServeReplica:dspark:Verifier",
     "draft worker": "ServeReplica:dspark:DraftWorker",
@@ -43,8 +44,6 @@ MARKS = {
     "rank": "ray::Rank",
     "proxy": "ray::ProxyActor",
 }
-WHOLE = {"verifier": 2, "draft worker": 2, "router": 1, "rank": 2}
-VICTIMS = tuple(WHOLE)
 # From whom a cut network separates a process. A rank speaks to nobody but its verifier.
 OTHERS = {
     "verifier": ("router", "draft worker", "verifier"),
@@ -54,13 +53,23 @@ OTHERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("models")
-    save_tiny_drafter(save_tiny_model(folder / "tiny", max_len=1024), folder / "draft")
-    running = Server(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *SETTINGS)
+@dataclass(frozen=True)
+class Cluster:
+    """A running server, how many processes of each kind it has when it is whole, and what its streams yield undisturbed."""
+
+    server: Server
+    whole: dict[str, int]
+    expected: dict[int, str]
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, settings: Sequence[str], whole: dict[str, int]) -> Iterator[Cluster]:
+    running = Server(folder / "log", str(folder / "tiny"), *SETTINGS, *settings)
     try:
-        yield running.wait()
+        undisturbed = Streams(running.wait(), {"speculation": "off"})
+        undisturbed.run()
+        assert len(undisturbed.texts) == NUM_STREAMS
+        yield Cluster(running, whole, undisturbed.texts)
     finally:
         running.stop()
         left = running.processes()
@@ -68,12 +77,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def expected(cluster: Server) -> dict[int, str]:
-    """What every stream yields on an undisturbed cluster, without speculation."""
-    streams = Streams(cluster, {"speculation": "off"})
-    streams.run()
-    assert len(streams.texts) == NUM_STREAMS
-    return streams.texts
+def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_drafter(save_tiny_model(folder / "tiny", max_len=1024), folder / "draft")
+    whole = {"verifier": 2, "draft worker": 2, "router": 1, "rank": 0}
+    with cluster(folder, [*DISAGGREGATED, "--drafter", str(folder / "draft")], whole) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "tiny", max_len=1024)
+    whole = {"verifier": 2, "draft worker": 0, "router": 1, "rank": 2}
+    with cluster(folder, ["-tp", "2", "--drafter", "ngram"], whole) as running:
+        yield running
 
 
 def processes(server: Server, kind: str) -> list[int]:
@@ -186,9 +204,10 @@ def others(server: Server, kind: str, pid: int) -> list[int]:
 FAULTS: dict[str, Fault] = {"kill": kill, "stop": stop, "slow": slow, "partition": partition, "corrupt": corrupt}
 
 
-def is_whole(server: Server) -> bool:
+def is_whole(cluster: Cluster) -> bool:
     """Whether every process is there, connected, and idle, and nothing is held anywhere."""
-    if {kind: len(processes(server, kind)) for kind in WHOLE} != WHOLE:
+    server, whole = cluster.server, cluster.whole
+    if {kind: len(processes(server, kind)) for kind in whole} != whole:
         return False
     try:
         answer = httpx.get(f"{server.url}/status", timeout=5.0).json()
@@ -198,43 +217,53 @@ def is_whole(server: Server) -> bool:
     return (
         answer["status"] == "ok"
         and answer["routers"]["in_flight"] == 0
-        and [v["state"] for v in verifiers] == ["ok", "ok"]
+        and [v["state"] for v in verifiers] == ["ok"] * whole["verifier"]
         and all(v["requests"]["running"] == v["requests"]["waiting"] == 0 for v in verifiers)
         and all(v["kv"]["free_blocks"] == v["kv"]["blocks"] for v in verifiers)
-        and [w["state"] for w in workers] == ["ready", "ready"]
+        and [w["state"] for w in workers] == ["ready"] * whole["draft worker"]
         and all(w["verifiers"] == 2 and w["requests"] == 0 and w["free_blocks"] == w["blocks"] for w in workers)
     )
 
 
-def eventually_whole(server: Server, what: str) -> None:
+def eventually_whole(cluster: Cluster, what: str) -> None:
     deadline = time.monotonic() + BACK_S
-    while not is_whole(server):
-        assert time.monotonic() < deadline, f"{what}: {httpx.get(f'{server.url}/status', timeout=5.0).text}"
+    while not is_whole(cluster):
+        assert time.monotonic() < deadline, f"{what}: {httpx.get(f'{cluster.server.url}/status', timeout=5.0).text}"
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("victim", VICTIMS)
-def test_streams_survive(cluster: Server, expected: dict[int, str], victim: str, fault: str) -> None:
+def suffer(cluster: Cluster, victim: str, fault: str) -> None:
+    """The fault again and again, each time in the middle of 16 streams."""
     if fault in ("partition", "corrupt") and not sockets.can_borrow():
         pytest.skip("this system does not let a process borrow sockets of others")
     for repeat in range(FAULT_REPEATS):
         eventually_whole(cluster, "before the fault")
         with counted(victim, fault) as recovery:
             chance = random.Random(f"{victim} {fault} {repeat}")
-            streams = Streams(cluster)
+            streams = Streams(cluster.server)
             hit_s = 0.0
 
             def hit(chance: random.Random = chance) -> None:
                 nonlocal hit_s
                 hit_s = time.monotonic()
-                FAULTS[fault](cluster, victim, chance.choice(processes(cluster, victim)), chance)
+                FAULTS[fault](cluster.server, victim, chance.choice(processes(cluster.server, victim)), chance)
 
             streams.run(chance.randrange(100, 800), hit)
-            assert streams.texts == expected
+            assert streams.texts == cluster.expected
             if victim != "router":
                 assert not streams.again, f"clients noticed: {streams.again}"
             eventually_whole(cluster, "after the fault")
             recovery.pause_s, recovery.whole_s = streams.longest_pause_s, time.monotonic() - hit_s
         told = f"{victim} {fault} {repeat}: longest pause {recovery.pause_s:.1f} s, whole and empty again after {recovery.whole_s:.1f} s"
         print(f"{told}, {streams.again.total()} requests asked again")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("victim", ["verifier", "draft worker", "router"])
+def test_streams_survive(disaggregated: Cluster, victim: str, fault: str) -> None:
+    suffer(disaggregated, victim, fault)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_streams_survive_ranks(parallel: Cluster, fault: str) -> None:
+    suffer(parallel, "rank", fault)

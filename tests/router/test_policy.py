@@ -148,6 +148,20 @@ def test_the_search_goes_on_until_a_replica_keeps_the_budget() -> None:
     assert all(len(looked_at(views, ask(f"r{i}"))[1]) <= DRAWN + DRAWN_HOLDERS for i in range(60)), "no budget, no search"
 
 
+@pytest.mark.parametrize("count", [1, FULL_SCAN, FULL_SCAN + 1, SEARCH, 100])
+@pytest.mark.parametrize("others", ["silent", "leaving", "stale"])
+def test_the_one_replica_that_can_be_relied_on_is_found(count: int, others: str) -> None:
+    """Wherever it is among those that say nothing, drain, or were last heard long ago."""
+    changes = {"silent": {}, "leaving": {"draining": True}, "stale": {"age_s": 11.0}}[others]
+    for i, good in itertools.product(range(5), range(0, count, 7)):
+        views = {v.id: Standing(v) for v in fleet(count, **changes)} if others != "silent" else {}
+        views[f"v{good}"] = Standing(view(f"v{good}", step_costs=COSTS, running=4, queued=9, queued_tokens=900))
+        order = [p.replica_id for p in choose(ask(f"r{i}"), [f"v{j}" for j in range(count)], views.get, PrefixIndex())]
+        assert sorted(order) == sorted(views if others == "stale" else [f"v{good}"])
+        if others != "stale" or count <= SEARCH:
+            assert order[0] == f"v{good}"
+
+
 def test_two_choices_spread_nearly_as_well_as_all() -> None:
     sent: dict[str, Sent] = {}
     views = [view(f"v{i}", max_running=64, step_costs=COSTS) for i in range(100)]

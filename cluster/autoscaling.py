@@ -19,7 +19,7 @@ from dspark.router.replica_count import CountRules
 MAX_REPORT_AGE_S = 15.0  # replicas report every second or, without our settings, every ten
 LOOK_BACK_S = 5.0
 WANTED = "wanted_verifiers"
-BUSY, TURNS, REFUSED = "draft_seconds_total", "turns_total", "refused_turns_total"
+BUSY, TURNS, REFUSED, REQUESTS = "draft_seconds_total", "turns_total", "refused_turns_total", "num_requests"
 
 _log = logging.getLogger("ray.serve")
 
@@ -55,15 +55,14 @@ class BusyDraftWorkers:
             return context.target_num_replicas, {}
 
     def _decide(self, context: Any) -> int:
-        busy, turns, refused = (newest(context, name) for name in (BUSY, TURNS, REFUSED))
+        busy, turns, refused, held = (newest(context, name) for name in (BUSY, TURNS, REFUSED, REQUESTS))
         newest_s = max((context.current_time - age_s for _, age_s in busy.values()), default=0.0)
         if newest_s > self._seen_s:
             self._seen_s = newest_s
             unknown = (0.0, float("inf"))
             reports = [
-                DraftReport(name, busy.get(name, unknown)[0], turns.get(name, unknown)[0], refused.get(name, unknown)[0], age_s)
+                DraftReport(name, *(values.get(name, unknown)[0] for values in (busy, turns, refused, held)), busy.get(name, unknown)[1])
                 for name in (replica.unique_id for replica in context.running_replicas)
-                for age_s in (busy.get(name, unknown)[1],)
             ]
             decision = self._scaler.decide(context.current_time, reports)
             if decision.wanted != self._wanted:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import Final, Protocol
 
 from dspark.types import DraftTree, DraftTurn
+
+FULL_RETRY_S: Final = 2.0  # before a verifier asks a worker again that had no room for a request
 
 
 @dataclass(frozen=True, slots=True)

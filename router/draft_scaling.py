@@ -1,7 +1,7 @@
 """How many draft workers there should be. Pure: time is an argument.
 
 A draft that comes too late costs speed and nothing else, so workers are kept below the load at which queueing makes drafts
-late: by the share of time that they draft, and by the turns that they refuse for lack of room.
+late: by the share of time that they draft, and by the share of requests that they refuse for lack of room.
 """
 
 from __future__ import annotations
@@ -12,25 +12,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from dspark.drafting import FULL_RETRY_S
 from dspark.router.replica_count import CountRules, ReplicaCount, ScalingState
 
 MAX_REPORT_AGE_S: Final = 30.0
 BUSY: Final = 0.7  # share of the time; a draft then waits more than twice as long as it takes
 AIM_BUSY: Final = 0.55
 SPARE_BUSY: Final = 0.5  # predicted for the others before one is removed
-MANY_REFUSED: Final = 0.02  # of the turns
+MANY_REFUSED: Final = 0.02  # of the requests
 FAILED_SHARE: Final = 0.8  # a count that failed is tried again under this share of the work with which it failed,
 FAILED_MEMORY: Final = 10.0  # or after this many down cooldowns
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:
-    """One draft worker at one moment: seconds that it drafted, turns that it took and refused, all since its start."""
+    """One draft worker at one moment.
+
+    ``busy_s``: seconds that it drafted, ``turns`` and ``refused``: turns that it took and refused, all since its start;
+    ``requests``: that it holds now.
+    """
 
     worker_id: str
     busy_s: float
     turns: float
     refused: float
+    requests: float = 0.0
     age_s: float = 0.0
 
 
@@ -67,7 +73,7 @@ class DraftScaler:
         if seen_s < min(self.count.rules.up_cooldown_s, self._window_s / 2):
             return self._hold(ScalingState.SETTLING, f"{seen_s:.0f} s since the last change")
         busy, refused = self._window(reports)
-        told = f"workers draft {busy:.0%} of the time and refuse {refused:.1%} of the turns"
+        told = f"workers draft {busy:.0%} of the time and have no room for {refused:.1%} of the requests"
         if busy > BUSY or refused > MANY_REFUSED:
             return self._help(now_s, busy, told)
         fewer = self.count.wanted - 1
@@ -95,18 +101,23 @@ class DraftScaler:
         return now_s - failed_s < FAILED_MEMORY * self.count.rules.down_cooldown_s and total_busy > FAILED_SHARE * failed_busy
 
     def _window(self, reports: Sequence[DraftReport]) -> tuple[float, float]:
-        """(Mean busy share, share of refused turns) since the last change, as far as the window goes."""
+        """(Mean busy share, share of requests without room) since the last change, as far as the window goes.
+
+        A request without room is refused again every ``FULL_RETRY_S``.
+        """
         entries = [entry for entry in self._history if entry[0] >= self.count.changed_s]
         (first_s, first), last_s = entries[0], entries[-1][0]
-        busy_s = turns = refused = 0.0
+        busy_s = refused = 0.0
         for report in reports:
             before = first.get(report.worker_id)
             if before is None or report.turns < before.turns or report.busy_s < before.busy_s:
                 before = DraftReport(report.worker_id, 0.0, 0.0, 0.0)  # it was replaced in between: all that it counts is new
             busy_s += report.busy_s - before.busy_s
-            turns += report.turns - before.turns
             refused += report.refused - before.refused
-        return busy_s / max(last_s - first_s, 1e-9) / len(reports), refused / max(turns, 1.0)
+        span_s = max(last_s - first_s, 1e-9)
+        without_room = refused * FULL_RETRY_S / span_s
+        held = sum(report.requests for _, entry in entries for report in entry.values()) / len(entries)
+        return busy_s / span_s / len(reports), without_room / max(without_room + held, 1.0)
 
     def _hold(self, state: ScalingState, reason: str) -> DraftDecision:
         return DraftDecision(self.count.wanted, state, reason)

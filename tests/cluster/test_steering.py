@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from dspark.cluster import autoscaling
 from dspark.cluster.app import draft_worker_scaling, verifier_scaling
-from dspark.cluster.autoscaling import BUSY, REFUSED, TURNS, WANTED, BusyDraftWorkers, WantedVerifiers
+from dspark.cluster.autoscaling import BUSY, REFUSED, REQUESTS, TURNS, WANTED, BusyDraftWorkers, WantedVerifiers
 from dspark.cluster.http.budgets import Ledger, Stopwatch
 from dspark.cluster.steering import Steering, rules_of
 from dspark.config import AutoscaleConfig, ServeConfig
@@ -193,6 +193,18 @@ def test_draft_workers_are_decided_once_a_report(monkeypatch: pytest.MonkeyPatch
     context.running_replicas.append(Replica("b"))  # it has not reported yet
     context.raw_metrics = said({"a": 29.0}, 131.0, BUSY) | said({"a": 600.0}, 131.0, TURNS)
     assert policy(context)[0] == 2
+
+
+@pytest.mark.parametrize(("held", "expected"), [(8.0, 2), (800.0, 1)])
+def test_requests_without_room_are_a_share_of_those_that_are_held(held: float, expected: int) -> None:
+    policy = BusyDraftWorkers(DRAFT_RULES, 20.0)
+    context = Context(target_num_replicas=1, running_replicas=[Replica("a")])
+    for second in range(30):
+        context.raw_metrics, context.current_time = said({"a": held}, 100.0 + second, REQUESTS), 100.0 + second
+        for name, rate in ((BUSY, 0.2), (TURNS, 400.0), (REFUSED, 1.0)):
+            context.raw_metrics |= said({"a": rate * second}, 100.0 + second, name)
+        wanted, _ = policy(context)
+    assert wanted == expected
 
 
 def test_options_for_serve() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dspark.drafting import FULL_RETRY_S
 from dspark.router.draft_scaling import DraftDecision, DraftReport, DraftScaler
 from dspark.router.replica_count import CountRules, ScalingState
 
@@ -17,12 +18,21 @@ def scaler(**changes: float) -> DraftScaler:
 
 
 class Drafters:
-    """``work(t)`` seconds of drafting a second in all; what a worker cannot do waits. ``room`` turns a second, the rest is refused."""
+    """``work(t)`` seconds of drafting a second in all; what a worker cannot do waits.
+
+    Each has room for ``room`` of its share of the ``requests``; the others are refused again and again.
+    """
 
     def __init__(
-        self, chosen: DraftScaler, work: Callable[[float], float], count: int = 1, can_grow: bool = True, room: float = 1e9
+        self,
+        chosen: DraftScaler,
+        work: Callable[[float], float],
+        count: int = 1,
+        can_grow: bool = True,
+        requests: float = 10.0,
+        room: float = 1e9,
     ) -> None:
-        self.scaler, self.work, self.can_grow, self.room = chosen, work, can_grow, room
+        self.scaler, self.work, self.can_grow, self.requests, self.room = chosen, work, can_grow, requests, room
         self.workers = {f"d{i}": [0.0, 0.0, 0.0] for i in range(count)}
         self.now_s = 0.0
         self.decisions: list[DraftDecision] = []
@@ -37,8 +47,9 @@ class Drafters:
         for state in self.workers.values():
             state[0] += min(share, 1.0)
             state[1] += 20 * share
-            state[2] += max(20 * share - self.room, 0.0)
-        reports = [DraftReport(name, *state, age_s) for name, state in self.workers.items()]
+            state[2] += max(self.requests / len(self.workers) - self.room, 0.0) / FULL_RETRY_S
+        held = min(self.requests / len(self.workers), self.room)
+        reports = [DraftReport(name, *state, held, age_s) for name, state in self.workers.items()]
         self.decisions.append(self.scaler.decide(self.now_s, reports))
         wanted = self.decisions[-1].wanted
         while len(self.workers) > wanted:
@@ -70,10 +81,11 @@ def test_a_constant_load_ends_in_a_constant_count(work: float) -> None:
         assert len(moves(counts)) <= 6
 
 
-def test_refused_turns_ask_for_a_worker_that_is_not_busy() -> None:
-    drafters = Drafters(scaler(), lambda t: 0.5, room=8.0)
+def test_requests_without_room_ask_for_a_worker_that_is_not_busy() -> None:
+    drafters = Drafters(scaler(), lambda t: 0.5, requests=10.0, room=8.0)
     assert drafters.run(100)[-1] == 2, "and one would refuse again"
-    assert any("refuse 20.0%" in decision.reason for decision in drafters.decisions)
+    assert any("no room for 20.0%" in decision.reason for decision in drafters.decisions)
+    assert Drafters(scaler(), lambda t: 0.5, requests=100.0, room=99.0).run(100)[-1] == 1, "one of a hundred is not many"
 
 
 def test_silence_and_absence_hold() -> None:

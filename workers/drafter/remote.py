@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dspark.drafting import DraftBatch, Held
+from dspark.drafting import FULL_RETRY_S, DraftBatch, Held
 from dspark.kv_blocks import KeepsBlocks
 from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn
 from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, Round, RoundTimes
@@ -25,8 +25,6 @@ from dspark.workers.drafter.grafted import FeatureProjection
 from dspark.workers.drafter.local import num_usable
 
 MAX_BATCH_BYTES: Final = 4 * 2**20  # features of one batch; what a worker lacks beyond that goes with the next ones
-FULL_RETRY_S: Final = 2.0  # before a worker without room is asked again
-
 
 Assign = Callable[[str, Mapping[str, int]], str]  # request id, requests that each usable worker has -> the worker for this one
 

@@ -1,14 +1,14 @@
 """An EAGLE-3 module grafted onto its target.
 
-An entry needs the token of its position and the feature of the position before. So the drafter remembers each request's tokens
-and last feature, and for every block the feature of its last position: a prefix hit, which brings whole blocks and no features,
-then goes on as if nothing had been missing.
+An entry needs the token of its position and the feature of the position before. So the drafter remembers each request's tokens,
+and under every block's id the feature of the last position that the block holds: a prefix hit, which brings whole blocks and no
+features, then goes on as if nothing had been missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,16 +19,27 @@ from dspark.workers.drafter.block_draw import BlockDraft, target_ids
 from dspark.workers.drafter.eagle3_module import Eagle3Module
 from dspark.workers.drafter.local import GraftedDrafter, State
 from dspark.workers.drafter.paged_chain import PagedChain
-from dspark.workers.drafter.paged_context import block_slots
 
 
 @dataclass(slots=True)
 class _Text:
-    """A request's known tokens, and the feature of its last position that has one."""
+    """A request's known tokens, and its last position whose feature came."""
 
     tokens: list[int]
     last_position: int = -1
-    last_feature: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Entries:
+    """Entries to be written, of several turns in a row. ``firsts`` and ``lasts`` are rows: a turn's first, a block's last one."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    firsts: list[int] = field(default_factory=list)
+    blocks_before: list[int] = field(default_factory=list)
+    lasts: list[int] = field(default_factory=list)
+    last_blocks: list[int] = field(default_factory=list)
 
 
 class Eagle3Drafter(GraftedDrafter[Eagle3Module]):
@@ -37,15 +48,16 @@ class Eagle3Drafter(GraftedDrafter[Eagle3Module]):
     def __init__(self, module: Eagle3Module, tables: BlockTables, law_width: int = 64) -> None:
         super().__init__(module, tables, law_width)
         self._texts: dict[str, _Text] = {}
-        shape = (tables.num_blocks, module.config.hidden_size)
-        self._block_ends = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        # The row behind those of the blocks stays zero: the feature before a text's first position, whose entry nobody sees.
+        shape = (tables.num_blocks + 1, module.config.hidden_size)
+        self._last_features = torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
         """Draft up to ``want[id]`` tokens for every request that has a turn and a feature before its anchor."""
         return super().collect({name: count for name, count in want.items() if self._can_draft(name)}, wait_s)
 
     def block_pools(self) -> dict[str, Tensor]:
-        return super().block_pools() | {"block ends": self._block_ends}
+        return super().block_pools() | {"last features": self._last_features[:-1]}
 
     def close(self, request_ids: Sequence[str]) -> None:
         super().close(request_ids)
@@ -70,33 +82,33 @@ class Eagle3Drafter(GraftedDrafter[Eagle3Module]):
 
     def _store(self, fed: Sequence[tuple[DraftTurn, int]]) -> None:
         """Write the entries whose features came: of a turn's positions s .. s + n - 1, with the features of s - 1 .. s + n - 2."""
-        size = self._tables.block_size
-        before, tokens, positions, slots, ends, end_blocks = [], [], [], [], [], []
+        features = torch.cat([turn.features[:count] for turn, count in fed]).to(self._device, self._dtype)
+        size, rows = self._tables.block_size, _Entries()
         for turn, count in fed:
-            start, stop = turn.feature_start, turn.feature_start + count
-            features = turn.features[:count].to(self._device, self._dtype)
-            before += [self._feature_before(turn.request_id, start).unsqueeze(0), features[:-1]]
-            tokens += self._texts[turn.request_id].tokens[start:stop]
-            positions.append(torch.arange(start, stop))
-            slots.append(block_slots(self._tables, turn.request_id, start, count))
-            full = [p for p in range(start, stop) if (p + 1) % size == 0]
-            ends.append(features[[p - start for p in full]])
-            end_blocks += [self._tables.table(turn.request_id)[p // size] for p in full]
-            text = self._texts[turn.request_id]
-            text.last_position, text.last_feature = stop - 1, features[-1]
-        k, v = self.module.context_kv(self._tensor(tokens), torch.cat(before), torch.cat(positions).to(self._device))
-        self.pools.write(0, torch.cat(slots).to(self._device), k, v)
-        self._block_ends[self._tensor(end_blocks)] = torch.cat(ends)
+            start, stop, first = turn.feature_start, turn.feature_start + count, len(rows.tokens)
+            text, table = self._texts[turn.request_id], self._tables.table(turn.request_id)
+            rows.firsts.append(first)
+            rows.blocks_before.append(self._block_before(turn.request_id, start))
+            rows.tokens += text.tokens[start:stop]
+            rows.positions += range(start, stop)
+            rows.slots += [table[p // size] * size + p % size for p in range(start, stop)]
+            ends = [p for p in range(start, stop) if p + 1 == stop or (p + 1) % size == 0]
+            rows.lasts += [first + p - start for p in ends]
+            rows.last_blocks += [table[p // size] for p in ends]
+            text.last_position = stop - 1
+        before = features.roll(1, 0)
+        before[self._tensor(rows.firsts)] = self._last_features[self._tensor(rows.blocks_before)]
+        k, v = self.module.context_kv(self._tensor(rows.tokens), before, self._tensor(rows.positions))
+        self.pools.write(0, self._tensor(rows.slots), k, v)
+        self._last_features[self._tensor(rows.last_blocks)] = features[self._tensor(rows.lasts)]
 
-    def _feature_before(self, request_id: str, position: int) -> Tensor:
-        """The feature [d] of ``position - 1``; zeros before the first, whose entry nobody sees."""
-        text = self._texts[request_id]
+    def _block_before(self, request_id: str, position: int) -> int:
+        """The row of the last features that holds that of ``position - 1``."""
         if position == 0:
-            return self._block_ends.new_zeros(self._block_ends.shape[1])
-        if text.last_feature is not None and text.last_position == position - 1:
-            return text.last_feature
-        assert position % self._tables.block_size == 0, "features are missing in the middle of a block"
-        return self._block_ends[self._tables.table(request_id)[position // self._tables.block_size - 1]]
+            return self._tables.num_blocks
+        is_known = self._texts[request_id].last_position == position - 1 or position % self._tables.block_size == 0
+        assert is_known, "features are missing in the middle of a block"
+        return self._tables.table(request_id)[(position - 1) // self._tables.block_size]
 
     def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:
         """Chains of at most ``block_size`` tokens, whether a tree was asked for or not."""
@@ -107,7 +119,8 @@ class Eagle3Drafter(GraftedDrafter[Eagle3Module]):
         module, rows, width = self.module, self._draw_rows(states), self._width(states)
         lengths = [state.base_len - 1 for state in states]
         context = PagedChain(self.pools, [self._tables.table(request_id) for request_id in request_ids], lengths, num_steps)
-        features = torch.stack([self._feature_before(name, length) for name, length in zip(request_ids, lengths, strict=True)])
+        blocks_before = [self._block_before(name, length) for name, length in zip(request_ids, lengths, strict=True)]
+        features = self._last_features[self._tensor(blocks_before)]
         positions, previous = self._tensor(lengths), self._anchors(states)
         tokens, laws, margins = [], [], []
         for k in range(num_steps):

@@ -21,7 +21,7 @@ from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.grafted import GraftedModule
-from dspark.workers.drafter.paged_context import DraftPools, PagedContext, block_slots
+from dspark.workers.drafter.paged_context import DraftPools, PagedContext, block_slots, unplanned_attention
 from dspark.workers.drafter.tree_draw import TreeRows, draw_trees
 
 CPU_HEAD_TOP_K = 512
@@ -86,7 +86,9 @@ class GraftedDrafter(ABC, Generic[Module]):
         if not chosen:
             return {}
         states = [self._states[request_id] for request_id in chosen]
-        return {tree.request_id: tree for tree in self._draft(chosen, states, [counts[request_id] for request_id in chosen])}
+        with unplanned_attention(self._device):
+            trees = self._draft(chosen, states, [counts[request_id] for request_id in chosen])
+        return {tree.request_id: tree for tree in trees}
 
     @abstractmethod
     def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:

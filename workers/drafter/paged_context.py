@@ -15,14 +15,21 @@ length together, so that padding at most doubles the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dspark.types import BlockTables
 from dspark.workers.drafter.module_config import LayerMask, ModuleConfig
+
+
+def unplanned_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Attention by kernels that take any shape: cuDNN's is planned anew for each, and contexts have another length every round."""
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
 
 
 def block_slots(tables: BlockTables, request_id: str, start: int, count: int) -> Tensor:

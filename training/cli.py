@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dspark.errors import ConfigError
-from dspark.training.config import TrainConfig, read_config
+from dspark.training.config import KINDS, TrainConfig, read_config
 
 STAGES = {
     "synthesize": "let the target answer prompts, its own or yours",
@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name in ("evaluate", "compare"):
             _add_evaluate(stage)
+        if name == "compare":
+            stage.add_argument("--kinds", metavar="KIND,…", help=f"which to train and measure, of {', '.join(KINDS)} (default: the file's)")
     return parser
 
 
@@ -66,6 +68,14 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--prompts", type=Path, metavar="FOLDER", help="folder of prompt sets (default: the file's, or the built-in sets)")
     stage.add_argument("--limit", type=int, metavar="N", help="prompts a set")
     stage.add_argument("--max-tokens", type=int, metavar="N", help="of each answer")
+    stage.add_argument(
+        "--rows",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="results of other runs (their .json) to show in the same tables; may be repeated",
+    )
 
 
 def _assignment(text: str) -> tuple[str, object]:
@@ -114,15 +124,25 @@ def _calibrate(config: TrainConfig, args: argparse.Namespace) -> bool:
 def _evaluate(config: TrainConfig, args: argparse.Namespace) -> bool:
     from dspark.training.evaluate import evaluate
 
-    evaluate(_with_evaluation(config, args), _progress, getattr(args, "drafter", ()))
+    evaluate(_with_evaluation(config, args), _progress, getattr(args, "drafter", ()), getattr(args, "rows", ()))
     return True
 
 
 def _compare(config: TrainConfig, args: argparse.Namespace) -> bool:
     from dspark.training.compare import compare
 
-    compare(_with_evaluation(config, args), _progress, tuple(args.drafter))
+    if args.kinds is not None:
+        config = config.model_copy(update={"compare": config.compare.model_copy(update={"kinds": _kinds(args.kinds)})})
+    compare(_with_evaluation(config, args), _progress, args.drafter, args.rows)
     return True
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    """The kinds that the command line names, each once."""
+    kinds = tuple(dict.fromkeys(text.split(",")))
+    if wrong := [kind for kind in kinds if kind not in KINDS]:
+        raise ConfigError(f"--kinds: {wrong[0]!r} is no kind of drafter; there are {', '.join(KINDS)}")
+    return kinds
 
 
 def _widths(config: TrainConfig, args: argparse.Namespace) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ UNBOUNDED_EPOCHS = 10_000.0  # time ends the schedule
 NOT_FOR = {"dspark": (), "dflash": ("head", "confidence", "style"), "eagle3": ("head", "confidence", "style", "num_layers", "window")}
 
 
-def compare(config: TrainConfig, progress: Progress, drafters: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def compare(config: TrainConfig, progress: Progress, drafters: Sequence[str] = (), others: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """Make the data if they are not there, train every kind, and measure ``drafters``, all kinds and n-gram side by side.
 
-    Whatever was done before is not done again. Writes ``comparison.json`` and ``comparison.md``, and reports the table.
+    Whatever was done before is not done again. Writes ``comparison.json`` and ``comparison.md``, and reports the tables, with the
+    results in the files ``others`` in them.
     """
     seconds = config.compare.synthesize_seconds
     if seconds is None or not has_samples(config.data):
@@ -34,7 +35,7 @@ def compare(config: TrainConfig, progress: Progress, drafters: tuple[str, ...] =
             train(run, progress)
             release_memory()
     names = [*drafters, *(str(run.drafter_folder) for run in runs), "ngram"]
-    return measure(config, names, config.out / RESULTS, progress)
+    return measure(config, names, config.out / RESULTS, progress, others)
 
 
 def run_of(config: TrainConfig, kind: str) -> TrainConfig:

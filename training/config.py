@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dspark.config import DType
 from dspark.config_file import read_file, validate
 from dspark.errors import ConfigError
+
+Kind = Literal["dspark", "dflash", "eagle3"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Section(BaseModel):
@@ -58,7 +61,7 @@ class SynthesizeConfig(Section):
 class DrafterConfig(Section):
     """The drafter's shape; None takes the target's."""
 
-    kind: Literal["dspark", "dflash", "eagle3"] = Field(
+    kind: Kind = Field(
         default="dspark", description="dflash: no sequential head, the anchor is a separate input; eagle3: one layer run block_size times"
     )
     num_layers: int | None = Field(default=None, ge=1, description="draft layers; None: 3, and 1 for eagle3, which has no more")
@@ -162,9 +165,7 @@ class EvaluateConfig(Section):
 class CompareConfig(Section):
     """Drafters of several kinds trained alike."""
 
-    kinds: tuple[Literal["dspark", "dflash", "eagle3"], ...] = Field(
-        default=("dspark", "dflash", "eagle3"), min_length=1, description="of drafters"
-    )
+    kinds: tuple[Kind, ...] = Field(default=KINDS, min_length=1, description="of drafters")
     synthesize_seconds: float | None = Field(
         default=None, gt=0, description="of making data, if there are none; None: until all of synthesize.num_prompts are answered"
     )

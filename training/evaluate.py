@@ -39,22 +39,33 @@ class _Cell:
     identity: str
 
 
-def evaluate(config: TrainConfig, progress: Progress, drafters: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Measure every drafter (ours, then the named ones) on every set; writes ``evaluation.json`` and reports a table."""
+def evaluate(config: TrainConfig, progress: Progress, drafters: Sequence[str] = (), others: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """Measure every drafter (ours, then the named ones) on every set; writes ``evaluation.json`` and reports tables."""
     names = [str(config.drafter_folder), *config.evaluate.drafters, *drafters]
     if not (config.drafter_folder / "config.json").is_file():
-        if len(names) == 1:
+        if len(names) == 1 and not others:
             raise ConfigError(f"{config.drafter_folder} holds no drafter; run dspark train drafter first")
         names = names[1:]
-    return measure(config, names, config.out / RESULTS, progress)
+    return measure(config, names, config.out / RESULTS, progress, others)
 
 
-def measure(config: TrainConfig, names: Sequence[str], path: Path, progress: Progress) -> list[dict[str, Any]]:
+def measure(config: TrainConfig, names: Sequence[str], path: Path, progress: Progress, others: Sequence[Path] = ()) -> list[dict[str, Any]]:
     """Every drafter on every set at every temperature.
 
-    The results are written to ``path`` as they come, and the table beside it in Markdown. What is there already, of the same
-    drafter, target, prompts and settings, is not measured again.
+    The results are written to ``path`` as they come, and the tables beside it in Markdown, which show the results in the files
+    ``others`` too. What ``path`` has already, of the same drafter, target, prompts and settings, is not measured again. It
+    keeps one result of a drafter, temperature and set, those not asked for now included.
     """
+    results = _measure_missing(config, names, path, progress) if names else []
+    own = {row["identity"] for row in results}
+    foreign = {row["identity"]: row for other in others for row in _read_rows(other) if row["identity"] not in own}
+    results += foreign.values()
+    write_text(path.with_suffix(".md"), f"{table(results)}\n\n{positions_table(results)}\n")
+    progress(f"{table(results)}\n\n{positions_table(results)}")
+    return results
+
+
+def _measure_missing(config: TrainConfig, names: Sequence[str], path: Path, progress: Progress) -> list[dict[str, Any]]:
     settings = config.evaluate
     target, tokenizer = load_target(config)
     prompts = _prompt_sets(settings, tokenizer)
@@ -73,12 +84,8 @@ def measure(config: TrainConfig, names: Sequence[str], path: Path, progress: Pro
             for row in _measure(engine, missing, prompts, settings, target):
                 found[row["identity"]] = row
                 progress(_line(row))
-            results = [found[cell.identity] for cell in cells if cell.identity in found]
-            write_json(path, results)
-            write_text(path.with_suffix(".md"), table(results) + "\n")
-    results = [found[cell.identity] for cell in cells]
-    progress(table(results))
-    return results
+            write_json(path, list(found.values()))
+    return [found[cell.identity] for cell in cells]
 
 
 def _cells(names: Sequence[str], prompts: dict[str, list[list[int]]], settings: EvaluateConfig, target: str) -> Iterator[_Cell]:
@@ -102,15 +109,22 @@ def _drafter_digest(folder: Path) -> str:
 
 
 def _measured_before(path: Path, cells: Sequence[_Cell]) -> dict[str, dict[str, Any]]:
-    """The rows of ``path`` that are wanted, by identity."""
-    if not path.exists():
-        return {}
+    """The rows of ``path`` by identity, without those that are to be replaced."""
+    asked = {(cell.drafter, cell.heat, cell.set_name): cell.identity for cell in cells}
+    rows = _read_rows(path) if path.exists() else []
+    places = [(row["drafter"], row["temperature"], row["set"]) for row in rows]
+    return {row["identity"]: row for row, place in zip(rows, places, strict=True) if asked.get(place, row["identity"]) == row["identity"]}
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The results in a file; ConfigError if it holds none."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; delete it and measure again") from error
-    wanted = {cell.identity for cell in cells}
-    return {row["identity"]: row for row in rows if row.get("identity") in wanted}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "identity" in row for row in rows):
+        raise ConfigError(f"{path} holds no results of dspark train evaluate or compare")
+    return rows
 
 
 def acceptance(records: Sequence[Record], block_size: int) -> tuple[float, list[float]]:
@@ -140,6 +154,16 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for name, heat in dict.fromkeys((row["drafter"], row["temperature"]) for row in results):
         found = {row["set"]: _shown(row) for row in results if (row["drafter"], row["temperature"]) == (name, heat)}
         cells.append([_label(name), f"{heat:g}", *(found.get(one, "-") for one in sets)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def positions_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line for each drafter, temperature and set: acceptance of each position given all before it, in Markdown."""
+    width = max((len(row["acceptance"]) for row in results), default=0)
+    cells = [["drafter", "T", "set", *(str(k) for k in range(1, width + 1))], ["---"] * (width + 3)]
+    for row in results:
+        rates = [f"{rate:.2f}" for rate in row["acceptance"]]
+        cells.append([_label(row["drafter"]), f"{row['temperature']:g}", row["set"], *rates, *["-"] * (width - len(rates))])
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 

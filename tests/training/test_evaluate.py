@@ -14,7 +14,7 @@ from dspark.training import compare as compare_room
 from dspark.training import evaluate as room
 from dspark.training.compare import compare, run_of
 from dspark.training.config import TrainConfig
-from dspark.training.evaluate import acceptance, evaluate, table, tokens_a_round
+from dspark.training.evaluate import acceptance, evaluate, positions_table, table, tokens_a_round
 from dspark.training.served import Record, Round
 from dspark.training.trainer import train
 
@@ -53,6 +53,17 @@ def test_the_table_has_a_column_for_each_set() -> None:
     assert table(rows).splitlines()[2:] == ["| dspark | 0 | 2.00 | 2.00 |", "| ngram | 1 | - | 3.00 (1.23) |"]
 
 
+def test_every_position_has_a_column() -> None:
+    rows = [{"drafter": "runs/dspark/drafter", "temperature": 0.0, "set": "a", "acceptance": [0.5, 0.25]}]
+    rows.append({"drafter": "ngram", "temperature": 1.0, "set": "b", "acceptance": [1.0, 0.0, 0.125]})
+    assert positions_table(rows).splitlines() == [
+        "| drafter | T | set | 1 | 2 | 3 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| dspark | 0 | a | 0.50 | 0.25 | - |",
+        "| ngram | 1 | b | 1.00 | 0.00 | 0.12 |",
+    ]
+
+
 def test_every_drafter_set_and_temperature_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = measured(run_config(folder, "evaluated", max_steps=1), folder)
     assert train(config, lambda _: None)
@@ -67,7 +78,7 @@ def test_every_drafter_set_and_temperature_is_measured_once(folder: Path, monkey
         assert 1.0 <= row["acceptance_length"] <= BLOCK + 1 or row["drafter"] == "ngram"
     path = config.out / room.RESULTS
     assert json.loads(path.read_text()) == rows
-    assert path.with_suffix(".md").read_text().strip() == said[-1] == table(rows)
+    assert path.with_suffix(".md").read_text().strip() == said[-1] == f"{table(rows)}\n\n{positions_table(rows)}"
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("measured again")
@@ -100,6 +111,26 @@ def test_what_a_cut_run_measured_is_kept(folder: Path, monkeypatch: pytest.Monke
     assert calls == [0.0, 0.5, 0.5, 1.0]
 
 
+def test_results_of_parts_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other calls and other runs measured is shown beside, and lost by none."""
+    parts = [measured(run_config(folder, name), folder, temperatures=(0.0,)) for name in ("part-one", "part-two")]
+    one = evaluate(measured(parts[0], folder, temperatures=(0.0,), sets=("sums",)), lambda _: None, ["ngram"])
+    two = evaluate(measured(parts[0], folder, temperatures=(0.0,), sets=("words",)), lambda _: None, ["ngram"])
+    path = parts[0].out / room.RESULTS
+    assert json.loads(path.read_text()) == one + two
+    monkeypatch.setattr(room, "load_target", None)
+    said: list[str] = []
+    assert evaluate(parts[1], said.append, others=[path, path]) == one + two
+    assert said[-1].splitlines()[2].startswith("| ngram | 0 |")
+    shorter = measured(parts[0], folder, temperatures=(0.0,), sets=("words",), max_tokens=5)
+    monkeypatch.undo()
+    three = evaluate(shorter, lambda _: None, ["ngram"])
+    assert json.loads(path.read_text()) == one + three, "one result of a drafter, temperature and set"
+    path.write_text('[{"drafter": "ngram"}]')
+    with pytest.raises(ConfigError, match=r"evaluation\.json holds no results"):
+        evaluate(parts[1], said.append, others=[path])
+
+
 def test_what_cannot_be_measured_is_said(folder: Path) -> None:
     config = run_config(folder, "nothing")
     with pytest.raises(ConfigError, match="run dspark train drafter first"):
@@ -130,6 +161,6 @@ def test_kinds_are_trained_and_measured_side_by_side(folder: Path, monkeypatch: 
     config = config.model_copy(update={"compare": config.compare.model_copy(update={"synthesize_seconds": 1.0})})
     rows = compare(config, lambda _: None, ())
     assert [Path(row["drafter"]).parent.name or row["drafter"] for row in rows] == ["dspark", "dflash", "eagle3", "ngram"]
-    assert (config.out / compare_room.RESULTS).with_suffix(".md").read_text().count("\n") == 6
+    assert (config.out / compare_room.RESULTS).with_suffix(".md").read_text().count("\n") == 2 + 4 + 1 + 2 + 4
     monkeypatch.setattr(compare_room, "train", None)
     assert compare(config, lambda _: None, ()) == rows

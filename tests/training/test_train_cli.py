@@ -57,6 +57,19 @@ def test_from_a_model_to_its_calibrated_drafter(config: Path, capsys: pytest.Cap
     assert main(["generate", "--model", str(config.parent / "model"), "--drafter", str(out / "drafter"), "--max-tokens", "4", "hi"]) == 0
 
 
+def test_a_kind_at_a_time_makes_one_table(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("synthesize", config)
+    out = ["--set", f"data_folder={config.parent / 'run' / 'data'}", "--set", f"out={config.parent / 'kinds'}"]
+    assert run("compare", config, *out, "--kinds", "eagle3", "--limit", "1") == 0
+    assert (
+        run("compare", config, *out, "--kinds", "dflash", "--limit", "1", "--rows", str(config.parent / "kinds" / "comparison.json")) == 0
+    )
+    table = (config.parent / "kinds" / "comparison.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == ["dflash", "ngram", "eagle3"]
+    assert not (config.parent / "kinds" / "compare" / "dspark").exists()
+    assert "ngram T=0 was measured before" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("stage", "more", "message"),
     [
@@ -65,6 +78,7 @@ def test_from_a_model_to_its_calibrated_drafter(config: Path, capsys: pytest.Cap
         ("export", ["--set", "out=elsewhere"], "holds no checkpoint; run dspark train drafter first"),
         ("calibrate", ["--set", "out=elsewhere"], "holds no drafter; run dspark train drafter first"),
         ("evaluate", ["--limit", "0"], "--limit and --max-tokens must be at least 1"),
+        ("compare", ["--kinds", "eagle3,eagle4"], "--kinds: 'eagle4' is no kind of drafter; there are dspark, dflash, eagle3"),
         ("drafter", ["--set", "trainer.lrr=1"], "trainer.lrr"),
         ("drafter", ["--set", "drafter.taps=[0, 7]"], "drafter.taps: 7 is no layer of this target"),
         ("synthesize", ["--set", "synthesize.prompts=absent.jsonl", "--set", "out=elsewhere"], "absent.jsonl cannot be read"),

@@ -61,6 +61,21 @@ def test_loss_and_gradients_equal_the_unchunked_reference(softcap: float | None,
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_compiled_loss_is_the_same(softcap: float | None) -> None:
+    """Compiled once for chunks of any size: the last one is smaller."""
+    found = []
+    for compiled in (False, True):
+        terms = LawTerms(0.1, 0.9, 4, make_head(softcap), compiled)
+        inputs = [random(*shape, seed=seed).requires_grad_() for seed, shape in ((5, (ROWS, SIZE)), (6, (ROWS, RANK)), (7, (VOCAB, RANK)))]
+        result = law_loss(*inputs, make_rows(), terms)
+        result.loss.backward()
+        found.append([result.loss, result.overlap, result.is_match, *(part.grad for part in inputs)])
+    for eager, compiled_value in zip(*found, strict=True):
+        torch.testing.assert_close(compiled_value, eager, rtol=1e-6, atol=1e-8)
+
+
 def test_without_a_sequential_head_only_hidden_gets_gradients() -> None:
     terms = LawTerms(0.1, 0.9, 4, make_head(None))
     rows = make_rows()

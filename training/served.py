@@ -72,7 +72,7 @@ def drafting_engine(target: Target, tokenizer: Any, drafter: str, max_num_seqs: 
         graph_tokens=0,  # crowds of whole blocks are larger than graphs
         kv_tokens=min(kv_capacity(None, target), max_num_seqs * KV_TOKENS_EACH),
         max_num_seqs=max_num_seqs,
-        max_batch_tokens=65536,
+        max_batch_tokens=16384,
         max_queued=65536,
     )
     if law_width is not None:

@@ -60,10 +60,10 @@ class BusyDraftWorkers:
         if newest_s > self._seen_s:
             self._seen_s = newest_s
             unknown = (0.0, float("inf"))
-            reports = [
-                DraftReport(name, *(values.get(name, unknown)[0] for values in (busy, turns, refused, held)), busy.get(name, unknown)[1])
-                for name in (replica.unique_id for replica in context.running_replicas)
-            ]
+            reports = []
+            for name in (replica.unique_id for replica in context.running_replicas):
+                figures = [values.get(name, unknown)[0] for values in (busy, turns, refused, held)]
+                reports.append(DraftReport(name, figures[0], figures[1], figures[2], figures[3], busy.get(name, unknown)[1]))
             decision = self._scaler.decide(context.current_time, reports)
             if decision.wanted != self._wanted:
                 _log.info("%d draft workers are wanted: %s", decision.wanted, decision.reason)

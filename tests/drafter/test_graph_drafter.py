@@ -246,3 +246,20 @@ def test_requests_with_other_depths_are_verified_to_theirs(target: Target) -> No
     assert {name: result.tokens for name, result in results.items()} == plain
     assert max(outcome.drafted for outcome in results[first.id].outcomes) == 2
     assert max(outcome.drafted for outcome in results[others[0].id].outcomes) == 4
+
+
+def test_blocks_are_as_short_as_a_step_that_is_launched_ahead_wants_them(target: Target) -> None:
+    """Five requests and graphs of 40 tokens leave room for drafts of 4, graphs of 15 for drafts of 2."""
+    module, longest = random_module(target), []
+    for tokens in (40, 15):
+        pool = BlockPool(128)
+        drafter = GraphDrafter(module, pool, WIDTH, max_rows=32, max_model_len=256)
+        graphs = GraphOptions(plain_calls, max_tokens=tokens, max_rows=32, max_model_len=256, longest=5, with_matches=True)
+        engine = make_engine(target, drafter, pool, graphs=graphs, overlapped=True, costs=FLAT)
+        drafter.prepare(plain_calls, engine.runner.step_tokens)
+        results = run(engine, requests(temperature=0.0, max_tokens=40))
+        engine.aside.close()
+        assert engine.ahead.launched > 5
+        flown = [outcome.drafted for result in results.values() for outcome in result.outcomes[4:-8]]
+        longest.append(max(flown))
+    assert longest == [4, 2]

@@ -84,3 +84,19 @@ def test_a_fingerprint_changes_with_every_fact() -> None:
     names = {fingerprint({"model": model, "threads": threads}) for model in ("a", "b") for threads in (1, 2)}
     assert len(names) == 4
     assert fingerprint({"threads": 1, "model": "a"}) in names, "the order of facts does not matter"
+
+
+def test_rounds_that_are_launched_ahead_are_priced_as_they_were_measured() -> None:
+    table = CostTable(Curve((1, 64), (1.0, 4.0)), Curve((1,), (2.0,)))
+    costs = LiveCosts(table, 64)
+    assert costs.flown_factor(8) is None
+    predicted = table.step_seconds(40) + table.draft_seconds(8, 4)
+    costs.observe_flown(8, 4, 0, predicted / 2)
+    assert costs.flown_factor(8) == pytest.approx(0.5), "the first one is believed"
+    costs.observe_flown(8, 4, 0, predicted * 100)
+    assert costs.flown_factor(8) == pytest.approx(0.5 * 6.0**0.1), "a disturbance counts as three times the table, and little"
+    assert costs.flown_factor(9) == costs.flown_factor(15) == costs.flown_factor(1000) == costs.flown_factor(8), (
+        "the nearest level stands in"
+    )
+    costs.observe_flown(64, 0, 0, 4.0)
+    assert costs.flown_factor(1000) == pytest.approx(1.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dspark.workers.verifier.costs import CostTable, Curve, Floats
-from dspark.workers.verifier.draft_policy import DECIDE_EVERY, LONGEST_PAUSE, LOOK_DEEPER_EVERY, MAX_REST, DraftPolicy, Rest
+from dspark.workers.verifier.draft_policy import DECIDE_EVERY, LONGEST_PAUSE, LOOK_DEEPER_EVERY, MAX_REST, DraftPolicy, Outlook, Rest
 
 GAMMA = 7
 
@@ -22,6 +24,12 @@ def linear(base: float, token: float, most: int = 600) -> Floats:
     return base + token * np.arange(most + 1)
 
 
+def look(rows: int, costs: CostTable, seconds: Floats) -> Callable[[], Outlook]:
+    """All of so many requests may draft."""
+    drafting = np.array([costs.draft_seconds(rows, depth) for depth in range(1, GAMMA + 1)])
+    return lambda: Outlook(rows, rows, float(seconds[0]), seconds, drafting)
+
+
 def taught(confidence: float) -> DraftPolicy:
     policy = DraftPolicy(GAMMA)
     policy.observe(survival(confidence))
@@ -29,7 +37,7 @@ def taught(confidence: float) -> DraftPolicy:
 
 
 def test_nothing_is_known_at_first() -> None:
-    assert DraftPolicy(GAMMA).depth(4, 4, 100, table(0.1, 0.1), linear(1.0, 0.1)) == GAMMA
+    assert DraftPolicy(GAMMA).depth(look(4, table(0.1, 0.1), linear(1.0, 0.1))) == GAMMA
 
 
 def test_depth_is_the_best_of_all() -> None:
@@ -45,20 +53,20 @@ def test_depth_is_the_best_of_all() -> None:
 
             best = {d: max(value(d, k) for k in range(rows * d + 1)) for d in range(1, GAMMA + 1)}
             expected = max(best, key=lambda d: (best[d], -d)) if max(best.values()) > rows * 1.01 else 0
-            assert taught(confidence).depth(rows, rows, 0, table(draft_s, deeper_s), linear(1.0, token)) == expected
+            assert taught(confidence).depth(look(rows, table(draft_s, deeper_s), linear(1.0, token))) == expected
 
 
 def test_plain_decoding_comes_and_goes_with_the_load() -> None:
     policy, costs = taught(0.7), table(0.3, 0.05)
     steep, flat = linear(1.0, 0.8), linear(1.0, 0.02)
-    assert policy.depth(8, 8, 0, costs, steep) == 0
-    later = [policy.depth(8, 8, 0, costs, flat) for _ in range(DECIDE_EVERY)]
+    assert policy.depth(look(8, costs, steep)) == 0
+    later = [policy.depth(look(8, costs, flat)) for _ in range(DECIDE_EVERY)]
     assert later[-1] > 0
 
 
 def test_while_nothing_is_drafted_acceptance_is_looked_at_more_and_more_rarely() -> None:
     policy, costs = taught(0.2), table(5.0, 1.0)
-    looks = [step for step in range(600) if policy.depth(8, 8, 0, costs, linear(1.0, 1.0)) == GAMMA]
+    looks = [step for step in range(600) if policy.depth(look(8, costs, linear(1.0, 1.0))) == GAMMA]
     gaps = np.diff(looks)
     assert list(gaps) == sorted(gaps)
     assert gaps[-1] == LONGEST_PAUSE + 1
@@ -66,7 +74,7 @@ def test_while_nothing_is_drafted_acceptance_is_looked_at_more_and_more_rarely()
 
 def test_short_drafts_are_deepened_now_and_then() -> None:
     policy, costs = taught(0.5), table(0.1, 0.4)
-    depths = [policy.depth(4, 4, 0, costs, linear(1.0, 0.05)) for _ in range(2 * LOOK_DEEPER_EVERY)]
+    depths = [policy.depth(look(4, costs, linear(1.0, 0.05))) for _ in range(2 * LOOK_DEEPER_EVERY)]
     assert sum(depth == GAMMA for depth in depths) == 2
     assert set(depths) > {GAMMA}
 
@@ -75,7 +83,7 @@ def test_shorter_drafts_keep_what_is_known_of_later_positions() -> None:
     policy = taught(0.9)
     for _ in range(DECIDE_EVERY):
         policy.observe(survival(0.9)[:, :1])
-    assert policy.depth(4, 4, 0, table(0.1, 0.0), linear(1.0, 0.01)) == GAMMA
+    assert policy.depth(look(4, table(0.1, 0.0), linear(1.0, 0.01))) == GAMMA
 
 
 def test_a_request_rests_longer_and_longer() -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 HOST_RATE = 0.05  # of the running mean of the host's work
+FLOWN_RATE = 0.1
 LONGEST_HOST_ROW_S = 1e-3  # of a request; more is a disturbance
 
 
@@ -149,6 +150,7 @@ class LiveCosts:
         self._plain = Correction(measured.verify.sizes)
         self._plain_curve: Curve | None = None
         self._host_row_s = 0.0
+        self._flown: dict[int, float] = {}  # logarithms of factors, by the number of rows in bits
         self._num_observed = 0
         self._dense = measured.verify.dense(max_tokens)
 
@@ -195,6 +197,26 @@ class LiveCosts:
     def host_seconds(self, num_rows: int) -> float:
         """What to expect of it; 0 where it is not measured."""
         return self._host_row_s * num_rows
+
+    def observe_flown(self, num_rows: int, depth: int, context_tokens: int, seconds: float) -> None:
+        """A round of whole chains that was launched ahead took ``seconds`` from the end of the one before.
+
+        Nothing waits for anything in such rounds: they take less than drafting and verifying measured one after the other, and more
+        where the host has more to do than fits under the device's work.
+        """
+        predicted_s = self.table.step_seconds(num_rows * (depth + 1), context_tokens)
+        predicted_s += self.table.draft_seconds(num_rows, depth, context_tokens)
+        error = min(max(math.log(seconds / predicted_s), -Correction.LARGEST), Correction.LARGEST)
+        level = num_rows.bit_length()
+        before = self._flown.get(level)
+        self._flown[level] = error if before is None else before + FLOWN_RATE * (error - before)
+
+    def flown_factor(self, num_rows: int) -> float | None:
+        """What such rounds take of what the table says, at this level of load or the nearest one that is known; None: at none."""
+        if not self._flown:
+            return None
+        level = num_rows.bit_length()
+        return math.exp(self._flown[min(self._flown, key=lambda known: (abs(known - level), known))])
 
     def _refresh(self) -> None:
         self._num_observed += 1

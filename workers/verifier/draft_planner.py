@@ -14,7 +14,7 @@ import numpy as np
 
 from dspark.types import DraftTree, Mode
 from dspark.workers.verifier.costs import Floats, LiveCosts
-from dspark.workers.verifier.draft_policy import DraftPolicy
+from dspark.workers.verifier.draft_policy import DraftPolicy, Outlook
 from dspark.workers.verifier.draft_worth import DraftWorth
 from dspark.workers.verifier.planner import Pace, Ranking, best_count, count_within, early_stop, pack, rank
 from dspark.workers.verifier.sequence import Sequence
@@ -77,7 +77,8 @@ class DraftPlanner:
     survival: SurvivalEstimator
     costs: LiveCosts | None = None
     looks_back: bool = False
-    runs_ahead: bool = False  # plain steps are launched before their turn
+    runs_ahead: bool = False  # steps are launched before their turn
+    max_launched: int = 0  # tokens that such a step has at most
     speculation_limit: float = 1.0
     worth: DraftWorth = field(default_factory=DraftWorth)
     budget: int = 0  # drafted tokens that the last plan admitted
@@ -119,35 +120,41 @@ class DraftPlanner:
             self.policy.pass_over()
 
     def observe_round(self, num_rows: int, depth: int, num_tokens: int, context: int, seconds: float) -> None:
-        """A round of whole chains of ``depth``, launched before its turn, brought ``num_tokens``, ``seconds`` after the one before.
-
-        What the table does not predict of that is the host's: it had more to do than lies under the device's work.
-        """
+        """A round of whole chains of ``depth``, launched before its turn, brought ``num_tokens``, ``seconds`` after the one before."""
         self.worth.observe(num_rows, True, num_tokens, seconds)
         if self.costs is not None:
-            table = self.costs.table
-            device_s = table.step_seconds(num_rows * (depth + 1), context) + table.draft_seconds(num_rows, depth, context)
-            self.costs.observe_host(num_rows, max(0.0, seconds - device_s))
+            self.costs.observe_flown(num_rows, depth, context, seconds)
 
     def depth(self, sequences: Seq[Sequence]) -> int:
         """How deep to draft for the next step of these requests, those with adaptive verification; 0: not at all."""
         most = math.ceil(self.speculation_limit * self.policy.block_size)
         rows = [s for s in sequences if s.num_pending == 1]
         drafting = [s for s in rows if s.speculation.mode is Mode.ADAPTIVE]
-        if self.costs is None or not drafting or not most:
+        costs = self.costs
+        if costs is None or not drafting or not most:
             self.is_paused = not most
             return most
-        context = sum(s.num_computed for s in rows)
-        shape = StepShape(len(rows), 0, context)
-        seconds = shape.seconds(self.costs, len(drafting) * self.policy.block_size)
-        seconds = seconds + self.costs.host_seconds(len(rows))
-        if self.runs_ahead:  # the host's work lies under such steps
-            seconds[0] = self.costs.plain_seconds(len(rows), context)
-        share = context * len(drafting) // len(rows)
-        depth = min(most, self.policy.depth(len(rows), len(drafting), share, self.costs.table, seconds))
+        if self.runs_ahead:  # blocks that a graph does not hold are not launched ahead, and would be slower than shorter ones that are
+            most = min(most, max(1, self.max_launched // len(rows) - 1))
+        depth = min(most, self.policy.depth(lambda: self._outlook(costs, rows, len(drafting))))
         self._last_depth = depth if depth and self.worth.allows_drafts(len(rows), self.policy.gain) else 0
         self.is_paused = not self._last_depth
         return self._last_depth
+
+    def _outlook(self, costs: LiveCosts, rows: Seq[Sequence], num_drafting: int) -> Outlook:
+        """What the next step of these requests costs, plain and with drafts for ``num_drafting`` of them."""
+        context = sum(s.num_computed for s in rows)
+        seconds = StepShape(len(rows), 0, context).seconds(costs, num_drafting * self.policy.block_size)
+        plain_s, factor = float(seconds[0]), None
+        if self.runs_ahead:  # the host's work lies under such steps
+            plain_s, factor = costs.plain_seconds(len(rows), context), costs.flown_factor(len(rows))
+        if factor is None:
+            host_s = costs.host_seconds(len(rows))
+            seconds, factor = seconds + host_s, 1.0
+            plain_s = plain_s if self.runs_ahead else plain_s + host_s
+        drafted_context = context * num_drafting // len(rows)
+        drafting = [costs.table.draft_seconds(num_drafting, depth, drafted_context) for depth in range(1, self.policy.block_size + 1)]
+        return Outlook(len(rows), num_drafting, plain_s, seconds * factor, np.array(drafting) * factor)
 
     def typical_seconds(self, num_rows: int, context: int) -> float:
         """Seconds of drafting and verifying for that many requests with as many drafts each as the last steps had; 0 without a table."""

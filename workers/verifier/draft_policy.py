@@ -8,11 +8,12 @@ are never admitted: it sits out more and more rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dspark.workers.verifier.costs import CostTable, Floats
+from dspark.workers.verifier.costs import Floats
 from dspark.workers.verifier.planner import MIN_GAIN, rank
 
 KEPT_ROWS = 256  # recent drafts that stand for the next ones
@@ -21,6 +22,20 @@ LONGEST_PAUSE = 64  # steps between two looks at acceptance while nothing is dra
 LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts are shorter
 MAX_REST = 16  # rounds a request sits out at most
 LEARN = 0.02  # of a mean confidence, for each draft seen
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a step of ``num_rows`` requests costs, of which ``num_drafting`` may draft.
+
+    ``plain_s`` without drafts; ``seconds`` [k + 1] with 0 .. k drafted tokens to verify; ``drafting`` [γ] of depths 1 .. γ.
+    """
+
+    num_rows: int
+    num_drafting: int
+    plain_s: float
+    seconds: Floats
+    drafting: Floats
 
 
 @dataclass(slots=True)
@@ -76,16 +91,13 @@ class DraftPolicy:
             before = full[:, position]
         self._keep(full[-KEPT_ROWS:])
 
-    def depth(self, num_rows: int, num_drafting: int, context_tokens: int, costs: CostTable, seconds: Floats) -> int:
-        """How deep to draft for the ``num_drafting`` of ``num_rows`` requests that may; 0: not at all.
-
-        ``context_tokens``: positions of those requests in all; ``seconds`` [k + 1]: what 0 .. k drafted tokens make of the step.
-        """
+    def depth(self, outlook: Callable[[], Outlook]) -> int:
+        """How deep to draft for the next step; 0: not at all. ``outlook`` is asked when a decision is due."""
         if not len(self._recent):
             return self.block_size
         self._steps += 1
         if self._steps % DECIDE_EVERY == 1:
-            self._depth = self._best_depth(num_rows, num_drafting, context_tokens, costs, seconds)
+            self._depth = self._best_depth(outlook())
         if self._depth:
             self._pause, self._closed_for = 1, 0
             return self.block_size if self._steps % LOOK_DEEPER_EVERY == 0 else self._depth
@@ -103,19 +115,20 @@ class DraftPolicy:
         self._recent[places] = rows
         self._oldest = int(places[-1] + 1) % KEPT_ROWS
 
-    def _best_depth(self, num_rows: int, num_drafting: int, context_tokens: int, costs: CostTable, seconds: Floats) -> int:
+    def _best_depth(self, outlook: Outlook) -> int:
         """The depth with the most predicted tokens a second, its drafting paid for."""
-        count = min(num_drafting, KEPT_ROWS)
+        count = min(outlook.num_drafting, KEPT_ROWS)
         ranking = rank(self._recent[np.arange(count) * len(self._recent) // count % len(self._recent)])
-        best_depth, best = 0, num_rows / seconds[0] * (1 + MIN_GAIN)
+        num_rows, seconds = outlook.num_rows, outlook.seconds
+        plain = num_rows / outlook.plain_s
+        best_depth, best = 0, plain * (1 + MIN_GAIN)
         for depth in range(1, self.block_size + 1):
             admitted = ranking.down_to(depth).survival[: len(seconds) - 1]
             expected = num_rows + np.concatenate([[0.0], np.cumsum(admitted)])
-            drafting = costs.draft_seconds(num_drafting, depth, context_tokens)
-            value = float(np.max(expected / (seconds[: len(expected)] + drafting)))
+            value = float(np.max(expected / (seconds[: len(expected)] + outlook.drafting[depth - 1])))
             if value > best:
                 best_depth, best = depth, value
-        self.gain = best / (num_rows / seconds[0])
+        self.gain = best / plain
         return best_depth
 
 

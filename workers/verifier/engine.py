@@ -140,7 +140,7 @@ class Engine:
         self._ships_features = bool(drafter.taps) and getattr(drafter, "feed", None) is None
         can_run_ahead = options.overlapped and not self._ships_features
         self.ahead = RunAhead(self.runner, self.scheduler, pool, options.max_model_len, can_run_ahead)
-        self.drafts.runs_ahead = self.ahead.can_run
+        self.drafts.runs_ahead, self.drafts.max_launched = self.ahead.can_run, self.runner.max_launched
         self.flights = Flights(self)
         self.landed_s = 0.0  # when the verdicts of the last step were known; 0 while nothing ran before
         self.judge: Judge = judge

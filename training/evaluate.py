@@ -187,6 +187,8 @@ def _prompt_sets(settings: EvaluateConfig, tokenizer: Any) -> dict[str, list[lis
 
 
 def _render(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ConfigError("the target has no chat template, so prompts cannot be put to it")
     return [render_chat(tokenizer, [{"role": "user", "content": text}]) for text in texts]
 
 

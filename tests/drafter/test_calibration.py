@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dspark.deploy.default_model import default_drafter
 from dspark.errors import ConfigError
 from dspark.types import DraftSignals
 from dspark.workers.drafter.calibration import CALIBRATION_FILE, default_signals, read_signals, read_temperatures
@@ -20,6 +21,20 @@ MARGIN = {"slope": [0.5, 0.6, 1], "intercept": [-0.1, 0.0, 0.2]}
 def folder_with(folder: Path, content: Any) -> Path:
     (folder / CALIBRATION_FILE).write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
+
+
+def test_the_embedded_drafter_is_calibrated_whole() -> None:
+    """Head and margin both, with errors of the survival of at most 2 % on rounds that they were not fitted on."""
+    folder = default_drafter()
+    assert folder is not None
+    assert read_temperatures(folder, 7, CPU) is not None
+    signals = read_signals(folder, 7, True)
+    assert len(signals.margin_slope) == len(signals.margin_intercept) == 7
+    found = json.loads((folder / CALIBRATION_FILE).read_text())
+    for part in (found, found["margin"]):
+        assert part["mean_ece_after"] <= 0.02 < part["mean_ece_before"]
+        assert part["mean_ece_after"] == pytest.approx(sum(part["ece_after"]) / 7)
+        assert len(part["auc_before"]) == len(part["auc_after"]) == 7
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

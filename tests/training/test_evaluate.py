@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_model import save_tiny_model
 from helpers.training_runs import BLOCK, make_run, run_config
 
 from dspark.errors import ConfigError
@@ -139,6 +140,10 @@ def test_what_cannot_be_measured_is_said(folder: Path) -> None:
         evaluate(measured(config, folder, prompts=folder / "model"), lambda _: None, ["ngram"])
     with pytest.raises(ConfigError, match=r"absent\.jsonl cannot be read"):
         evaluate(measured(config, folder, sets=("absent",)), lambda _: None, ["ngram"])
+    bare = save_tiny_model(folder / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="the target has no chat template"):
+        evaluate(measured(config, folder).model_copy(update={"model": str(bare)}), lambda _: None, ["ngram"])
     (config.out / room.RESULTS).write_text("[")
     with pytest.raises(ConfigError, match="delete it and measure again"):
         evaluate(measured(config, folder), lambda _: None, ["ngram"])

@@ -6,21 +6,26 @@ prompts need one call of the tokenizer. The first ones are compared with the tem
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import dspark
 from dspark.errors import BadRequest, ConfigError
 from dspark.prompting import render_chat
 from dspark.training.config import Opening, SynthesizeConfig
+from dspark.training.files import read_json
 from dspark.training.shards import text_digest
 
 BUILT_IN = Path(dspark.__file__).parent / "bench" / "prompts"  # what the project measures with; never trained on
+KNOWN = Path(__file__).parent / "known_prompts.json"  # digests of public evaluation sets, made by known_prompts.py
 MARK = "MARK\N{REPLACEMENT CHARACTER}MARK"
 NUM_CHECKED = 4
 PASSAGE_WORDS = 13
@@ -99,31 +104,31 @@ def _first_turn(line: str, where: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """Evaluation prompts, which may not be trained on.
+    """Evaluation prompts, which may not be trained on: digests of their texts, and of passages that tell them.
 
     A text is one of them if it is the same but for case and spacing, or repeats ``PASSAGE_WORDS`` words in a row that at most
     ``MAX_SHARED`` of them share: what more share is the set's instructions.
     """
 
     digests: frozenset[int]
-    passages: frozenset[str]
+    passages: frozenset[int]
 
     @staticmethod
     def of(folders: Sequence[Path]) -> Excluded:
-        """The prompts of all folders; ConfigError if one is not there or holds none."""
-        digests: set[int] = set()
-        counts: Counter[str] = Counter()
+        """The prompts of all folders, and of the public sets; ConfigError if a folder is not there or holds none."""
+        known = {name: base64.b64decode(text) for name, text in read_json(KNOWN)["digests"].items()}
+        digests, passages = (set(np.frombuffer(known[name], "<i8").tolist()) for name in ("prompts", "passages"))
+        prompts: list[str] = []
         for folder in folders:
             if not folder.exists():
                 raise ConfigError(f"synthesize.exclude: {folder} does not exist")
-            for prompt in read_prompts(folder):
-                digests.add(text_digest(prompt))
-                counts.update(set(_passages(prompt)))
-        return Excluded(frozenset(digests), frozenset(text for text, count in counts.items() if count <= MAX_SHARED))
+            prompts += read_prompts(folder)
+        digests.update(map(text_digest, prompts))
+        return Excluded(frozenset(digests), frozenset(passages.union(*telling_passages(prompts))))
 
     def has(self, text: str) -> bool:
         """Whether ``text`` is one of them."""
-        return text_digest(text) in self.digests or any(passage in self.passages for passage in _passages(text))
+        return text_digest(text) in self.digests or not self.passages.isdisjoint(passage_digests(text))
 
     def refuse(self, prompts: Sequence[str]) -> None:
         """ConfigError if one of ``prompts`` is one of them."""
@@ -135,9 +140,17 @@ class Excluded:
                 )
 
 
-def _passages(text: str) -> Iterator[str]:
-    words = text.casefold().split()
-    return (" ".join(words[i : i + PASSAGE_WORDS]) for i in range(len(words) - PASSAGE_WORDS + 1))
+def telling_passages(prompts: Sequence[str]) -> list[set[int]]:
+    """Digests of every prompt's passages without those that more than ``MAX_SHARED`` of the prompts have."""
+    found = [passage_digests(prompt) for prompt in prompts]
+    counts = Counter(digest for digests in found for digest in digests)
+    return [{digest for digest in digests if counts[digest] <= MAX_SHARED} for digests in found]
+
+
+def passage_digests(text: str) -> set[int]:
+    """Digests of all ``PASSAGE_WORDS`` words in a row."""
+    words = text.split()
+    return {text_digest(" ".join(words[i : i + PASSAGE_WORDS])) for i in range(len(words) - PASSAGE_WORDS + 1)}
 
 
 def draw_openings(config: SynthesizeConfig, count: int, draws: random.Random) -> list[tuple[str, Opening]]:

@@ -11,7 +11,10 @@ from helpers.tiny_model import TEMPLATE
 from helpers.toy_tokenizers import byte_level
 
 from dspark.errors import ConfigError
+from dspark.training import prompts
 from dspark.training.config import SynthesizeConfig
+from dspark.training.files import read_json
+from dspark.training.known_prompts import NUM_PASSAGES, write_known
 from dspark.training.prompts import BUILT_IN, Excluded, Template, read_prompts, usable_prompts
 
 QUESTION = "Tom has three boxes of apples and gives seven of them to his sister on Monday before lunch. How many are left?"
@@ -92,6 +95,25 @@ def test_the_projects_own_sets_are_evaluation_prompts() -> None:
     known = Excluded.of([BUILT_IN])
     assert all(known.has(prompt) for prompt in read_prompts(BUILT_IN))
     assert not known.has("A prompt that nobody evaluates with.")
+
+
+def test_public_evaluation_sets_are_known_by_their_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{QUESTION} {name} wants to know it as well, and so do I. {SUFFIX}" for name in ("Ada", "Bo", "Cy")]
+    jsonl(tmp_path / "sets" / "a.jsonl", *map(turns, texts), turns("Short one?"))
+    monkeypatch.setattr(prompts, "KNOWN", tmp_path / "known.json")
+    write_known(tmp_path / "sets", prompts.KNOWN)
+    assert "apples" not in prompts.KNOWN.read_text()
+    known = Excluded.of([])
+    assert all(known.has(text) for text in (*texts, "SHORT  one?", f"Answer this: {texts[1]} Thank you!"))
+    assert not known.has(f"{QUESTION} {SUFFIX}"), "what all of them share tells none"
+    assert len(known.digests) == 4
+    assert len(known.passages) == 3 * NUM_PASSAGES
+
+
+def test_the_sets_that_are_known() -> None:
+    found = read_json(prompts.KNOWN)
+    assert found["sets"] == {"gsm8k": 1319, "humaneval": 164, "math500": 500, "mbpp": 257, "mt-bench": 80}
+    assert len(Excluded.of([]).digests) == 2319, "one is in two sets"
 
 
 def test_a_folder_of_evaluation_prompts_must_be_there(tmp_path: Path) -> None:

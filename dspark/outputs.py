@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dspark.errors import WorkerLost
@@ -136,7 +136,7 @@ class Collector:
         self._num_told = len(self.outcomes)
         if not new:
             return ""
-        whole = new[0] if len(new) == 1 else replace(new[-1], tokens=tuple(token for outcome in new for token in outcome.tokens))
+        whole = new[0] if len(new) == 1 else new[-1]._replace(tokens=tuple(token for outcome in new for token in outcome.tokens))
         self._texts.append(self._text.take(whole))
         return self._texts[-1]
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dspark.sampling import SamplingParams
 
@@ -276,9 +276,8 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What one verifier step decided for one request."""
+class StepOutcome(NamedTuple):
+    """What one verifier step decided for one request. A tuple: hundreds are made a step, in a third of a frozen dataclass's time."""
 
     request_id: str
     base_len: int  # known tokens after this step

@@ -77,6 +77,7 @@ class Fleet:
         self._ids: tuple[str, ...] = ()  # of the links, to draw from
         self._limit = (0.0, 0)  # when it was added up, and the sum
         self._refused: set[str] = set()
+        self._listed: dict[str, ReplicaFacts] = {}  # by the last answer
         self._prefixes = PrefixIndex()
         self._changed = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
@@ -178,17 +179,20 @@ class Fleet:
             return
 
     async def refresh(self) -> None:
-        """Ask who is there; open links to newcomers, drop lost ones, and those that left and have nothing in flight."""
+        """Ask who is there; open links to newcomers, drop lost ones, and those that left and have nothing in flight.
+
+        While nobody can say, those that were there last are: a lost link to one of them is opened again.
+        """
         found = await self._discover()
-        listed = list(self._links) if found is None else [fact.replica_id for fact in found]
-        facts = {fact.replica_id: fact for fact in found or ()}
+        if found is not None:
+            self._listed = {fact.replica_id: fact for fact in found}
         before = set(self._links)
         for replica_id, link in list(self._links.items()):
-            gone = replica_id not in listed and link.in_flight == 0
+            gone = replica_id not in self._listed and link.in_flight == 0
             if link.lost is not None or gone:
                 await self._drop(replica_id)
-        self._refused = {replica_id for replica_id in self._refused if found is None or replica_id in facts}
-        newcomers = [fact for replica_id, fact in facts.items() if replica_id not in self._links and replica_id not in self._refused]
+        self._refused &= self._listed.keys()
+        newcomers = [fact for name, fact in self._listed.items() if name not in self._links and name not in self._refused]
         await asyncio.gather(*(self._open(fact) for fact in newcomers))
         if set(self._links) != before:
             self._ids = tuple(self._links)

@@ -250,16 +250,22 @@ def test_a_verifier_that_left_keeps_its_streams() -> None:
     run(test)
 
 
-def test_verifiers_are_kept_while_serve_does_not_answer() -> None:
+def test_verifiers_are_kept_and_found_again_while_serve_does_not_answer() -> None:
     async def test() -> None:
         hosts = fleet_of(ScriptedHost(), ScriptedHost())
         async with serving(hosts) as dispatcher:
             hosts.is_silent = True
-            hosts.links["v1"].kill()
+            lost = hosts.links["v1"]
+            lost.kill()
             await dispatcher.fleet.refresh()
-            assert [status.view.id for status in dispatcher.fleet.statuses] == ["v0"]
+            assert sorted(status.view.id for status in dispatcher.fleet.statuses) == ["v0", "v1"]
+            assert hosts.links["v1"] is not lost, "it is opened again, with what was known of it"
             (generation,) = await dispatcher.start([request()])
             assert len(await collect(generation)) == 20
+            hosts.is_silent = False
+            hosts.kill("v1")
+            await dispatcher.fleet.refresh()
+            assert [status.view.id for status in dispatcher.fleet.statuses] == ["v0"]
 
     run(test)
 

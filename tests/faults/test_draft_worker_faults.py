@@ -12,7 +12,7 @@ from helpers.draft_modules import random_module
 from helpers.draft_workers import Workers, draft_workers
 from helpers.drafters import KnownTexts
 from helpers.engines import FLAT, greedy, make_engine, run, tiny_target
-from helpers.repeats import FAULT_REPEATS
+from helpers.repeats import FAULT_REPEATS, counted
 
 from dspark.sampling import SamplingParams
 from dspark.types import Request
@@ -141,4 +141,5 @@ def test_one_fault(target: Target, plain: dict[str, dict[str, list[int]]], kind:
 @pytest.mark.parametrize("seed", range(FAULT_REPEATS))
 @pytest.mark.parametrize("kind", list(REQUESTS))
 def test_all_faults_at_once(target: Target, plain: dict[str, dict[str, list[int]]], kind: str, seed: int) -> None:
-    decode(target, kind, plain[kind], FAULTS, seed, 3)
+    with counted(f"streams of three draft workers, {kind}", "all at once"):
+        decode(target, kind, plain[kind], FAULTS, seed, 3)

@@ -17,7 +17,7 @@ import pytest
 from helpers.drafters import KnownTexts
 from helpers.engines import greedy, make_engine, run, tiny_target
 from helpers.proxies import Proxy
-from helpers.repeats import FAULT_REPEATS
+from helpers.repeats import FAULT_REPEATS, Recovery, counted
 
 from dspark.cluster import fleet as fleet_module
 from dspark.cluster.dispatch import Dispatcher, Generation
@@ -124,21 +124,21 @@ async def eventually(condition: Callable[[], bool], what: str, timeout_s: float 
     return time.monotonic() - started
 
 
-async def read(generation: Generation, got: dict[str, list[int]], times: list[float]) -> None:
+async def read(generation: Generation, got: dict[str, list[int]], times: dict[str, list[float]]) -> None:
     """Everything a request yields; a token more or less than there should be is seen by whoever compares."""
     name = generation.request.id
     async for outcome in generation:
         got[name].extend(outcome.tokens)
-        times.append(time.monotonic())
+        times[name].append(time.monotonic())
     generation.close()
 
 
-async def one_fault(cluster: Cluster, dispatcher: Dispatcher, kind: str, fault: str, seed: int) -> tuple[dict[str, list[int]], str]:
-    """16 streams, a fault of one of the two verifiers in the middle, healed later; texts, and how recovery went."""
+async def one_fault(cluster: Cluster, dispatcher: Dispatcher, kind: str, fault: str, seed: int, recovery: Recovery) -> dict[str, list[int]]:
+    """16 streams, a fault of one of the two verifiers in the middle, healed later; their texts."""
     chance = random.Random(seed)
     requests = [Request(f"{r.id}.{seed}", r.prompt_token_ids, r.sampling) for r in REQUESTS[kind]]
     got: dict[str, list[int]] = {request.id: [] for request in requests}
-    times: list[float] = []
+    times: dict[str, list[float]] = {request.id: [] for request in requests}
     replays = dispatcher.replays
     generations = await dispatcher.start(requests)
     reading = [asyncio.create_task(read(generation, got, times)) for generation in generations]
@@ -154,10 +154,11 @@ async def one_fault(cluster: Cluster, dispatcher: Dispatcher, kind: str, fault: 
     done_s = time.monotonic() - broken_s
     cluster.proxies[victim].heal()
     back_s = await eventually(lambda: len(dispatcher.fleet.views) == 2, f"the return of {victim}")
-    gap_s = max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
-    story = f"{fault:9} {kind} seed {seed}: lost after {lost_s:.2f} s, longest silence of all streams {gap_s:.2f} s, "
-    story += f"{dispatcher.replays - replays} replays, all done after {done_s:.2f} s, back {back_s:.2f} s after healing"
-    return {name.partition(".")[0]: tokens for name, tokens in got.items()}, story
+    recovery.whole_s = time.monotonic() - broken_s
+    recovery.pause_s = max((later - earlier for seen in times.values() for earlier, later in itertools.pairwise(seen)), default=0.0)
+    story = f"{fault:9} {kind} seed {seed}: lost after {lost_s:.2f} s, longest pause of a stream {recovery.pause_s:.2f} s, "
+    print(f"{story}{dispatcher.replays - replays} replays, all done after {done_s:.2f} s, back {back_s:.2f} s after healing")
+    return {name.partition(".")[0]: tokens for name, tokens in got.items()}
 
 
 def check(cluster: Cluster, plain: dict[str, dict[str, list[int]]], kind: str, fault: str, seeds: Sequence[int]) -> int:
@@ -166,11 +167,10 @@ def check(cluster: Cluster, plain: dict[str, dict[str, list[int]]], kind: str, f
     async def test() -> int:
         async with cluster.serving() as dispatcher:
             for seed in seeds:
-                got, story = await one_fault(cluster, dispatcher, kind, fault, seed)
-                print(story)
-                assert got == plain[kind]
-                await eventually(cluster.is_free, "blocks and slots are held")
-                assert dispatcher.in_flight == 0
+                with counted(f"stream of a verifier, {kind}", fault) as recovery:
+                    assert await one_fault(cluster, dispatcher, kind, fault, seed, recovery) == plain[kind]
+                    await eventually(cluster.is_free, "blocks and slots are held")
+                    assert dispatcher.in_flight == 0
             return dispatcher.replays
 
     replays = asyncio.run(asyncio.wait_for(test(), 60.0 + 20.0 * len(seeds)))

@@ -12,7 +12,7 @@ from typing import TextIO
 from dspark.bench.cohorts import CohortsPlan, draft_worker, run_cohorts
 from dspark.bench.compare import ComparePlan, run_compare
 from dspark.bench.demands import demand_lines
-from dspark.bench.flags import COMPARE_DEFAULTS, LOAD_DEFAULTS, TOPOLOGY_DEFAULTS, Command, make_parser, settle
+from dspark.bench.flags import COMPARE_DEFAULTS, GPU_PARTS, LOAD_DEFAULTS, TOPOLOGY_DEFAULTS, Command, make_parser, settle
 from dspark.bench.http_client import Ask
 from dspark.bench.load import Load
 from dspark.bench.metrics import Limits
@@ -295,6 +295,33 @@ def _kernels(args: argparse.Namespace) -> int:
         return 0 if run_kernels(args.kernels, args.repeats, out) else 1
 
 
+def _gpus(args: argparse.Namespace) -> int:
+    from dspark.bench.several_gpus import GpusPlan, devices, run_gpus
+
+    if unknown := set(args.parts) - set(GPU_PARTS):
+        raise ConfigError(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(GPU_PARTS)}")
+    kind, count = devices(args.devices, args.ranks)
+    plan = GpusPlan(
+        kind=kind,
+        count=count,
+        parts=args.parts,
+        model=args.model,
+        drafter=args.drafter,
+        speculation=args.speculation,
+        dtype=args.dtype,
+        streams=args.concurrency,
+        tokens=args.max_tokens,
+        requests=args.requests,
+        kv_tokens=args.kv_request,
+        repeats=args.repeats,
+        prompts=args.prompts,
+        sets=args.sets,
+        threads=args.threads,
+    )
+    with _json_out(args.json) as out:
+        return 1 if run_gpus(plan, out) else 0
+
+
 def _report(args: argparse.Namespace) -> int:
     records = offline(read_lines(args.files))
     if not records:
@@ -321,6 +348,7 @@ _RUN: Mapping[str, Command] = {
     "survival": _survival,
     "vllm": _vllm,
     "inflate": _inflate,
+    "gpus": _gpus,
     "report": _report,
 }
 

@@ -36,6 +36,7 @@ COMPARE_DEFAULTS: Mapping[str, object] = {
 TOPOLOGY_DEFAULTS: Mapping[str, object] = {"processes": 2, "draft_workers": 1, "server_flags": ()}
 FLAGS = {"classes": "--class"}  # where a flag is not named as what it sets
 ESTIMATORS = ("head", "margin", "constant")
+GPU_PARTS = ("transport", "tensor", "experts", "kv", "drafting")
 DTYPES = ("bfloat16", "float16", "float32")
 Command = Callable[[argparse.Namespace], int]
 T = TypeVar("T")
@@ -55,6 +56,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("profile", _add_profile, "where a round's time goes, part by part, and how far each is from what the machine allows"),
         ("router", _add_router, "routing decisions a second, over made-up replicas"),
         ("kernels", _add_kernels, "time of every kernel against the device's limits, its reference and torch's own"),
+        ("gpus", _add_gpus, "several GPUs in one call: transport, parallel verifiers, KV that moves, where drafts are made"),
         ("vllm", _add_vllm, "the peer: vLLM on the same weights, prompts and lengths, with the same records"),
         ("inflate", _add_inflate, "write a large model that computes what a small one does, to measure large models on real text"),
         ("report", _add_report, "ratios between the modes in result files, and their curves"),
@@ -279,6 +281,27 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", type=_list_of(str), default=(), metavar="A,B", help="only those whose names begin so (default all)")
     parser.add_argument("--repeats", type=_positive, default=11, metavar="N", help="medians are reported (default 11)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a kernel and shape")
+
+
+def _add_gpus(parser: argparse.ArgumentParser) -> None:
+    _add_sets(parser)
+    _add_levels(parser, (1, 16))
+    parser.add_argument("--prompts", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: the sets chat, code, math")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a row")
+    parser.add_argument("--parts", type=_list_of(str), default=GPU_PARTS, metavar="A,B", help=f"of {', '.join(GPU_PARTS)} (default all)")
+    kinds = "auto is the GPUs that are visible, or CPUs (default auto)"
+    parser.add_argument("--devices", choices=("auto", "cpu", "cuda"), default="auto", help=kinds)
+    parser.add_argument("--ranks", type=_positive, metavar="N", help="devices to use (default: all visible GPUs; 2 CPU processes)")
+    model = "folder, for example of dspark bench inflate (default: random ones for ranks, the embedded one for the rest)"
+    parser.add_argument("--model", metavar="FOLDER", help=model)
+    parser.add_argument("--drafter", default="auto", help="auto, or a folder (default auto)")
+    parser.add_argument("--speculation", default="adaptive", help="of part drafting (default adaptive)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="new tokens a request (default 128)")
+    parser.add_argument("--requests", type=_positive, default=32, metavar="N", help="of each arrangement of part drafting (default 32)")
+    parser.add_argument("--kv-request", type=_positive, default=4096, metavar="N", help="tokens whose KV moves (default 4096)")
+    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="medians are reported (default 5)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="compute threads of each process (default: torch's)")
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ ROOMS = {
     "bench": Room(
         names("nouns face router"),
         names("numpy"),
-        names("deploy kernels verifier drafter"),
+        names("deploy kernels verifier drafter wire workers"),
         names("httpx torch transformers safetensors triton matplotlib vllm"),
     ),
     "tests": Room(EVERY_ROOM, names("pytest hypothesis numpy torch"), frozenset(), frozenset()),

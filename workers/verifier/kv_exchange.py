@@ -61,8 +61,8 @@ class BlockPools:
             parts = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self._tensors.items()}
             if not on_device:
                 parts = {name: part.cpu() for name, part in parts.items()}
-            elif next(iter(parts.values())).is_cuda:
-                torch.cuda.current_stream().synchronize()  # another thread, on another stream, sends them
+            elif (part := next(iter(parts.values()))).is_cuda:
+                torch.cuda.current_stream(part.device).synchronize()  # another thread, on another stream, sends them
         return KVBlocks(first, len(blocks), parts)
 
     @torch.inference_mode()
@@ -78,7 +78,9 @@ class BlockPools:
                 part = blocks.parts[name]
                 tensor.index_copy_(0, new.to(tensor.device), part[held - blocks.first :].to(tensor.device))
                 if part.is_cuda:
-                    part.record_stream(torch.cuda.current_stream())  # it was made on another: its memory is in use until this one is done
+                    part.record_stream(
+                        torch.cuda.current_stream(part.device)
+                    )  # it was made on another: its memory is in use until this one is done
             for index in range(held, end):
                 pool.register(TAKING, index, hashes[index])
             return end - held

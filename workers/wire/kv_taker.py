@@ -153,7 +153,13 @@ class PairTaker:
         while (head := self._head(answer)).count:
             chunks.append(await self._take(head, first + sum(chunk.count for chunk in chunks), len(hashes)))
             answer = await self._read()
-        return joined(self._layout, first, chunks)
+        return await on_thread(lambda: self._joined(first, chunks))
+
+    def _joined(self, first: int, chunks: Sequence[KVBlocks]) -> KVBlocks:
+        blocks = joined(self._layout, first, chunks)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # the engine takes them on another stream
+        return blocks
 
     def _head(self, answer: pb.FromGiver) -> pb.Head:
         if answer.WhichOneof("kind") != "head":

@@ -35,6 +35,7 @@ from dspark.workers.wire.tensors import DTYPES, dtype_name, is_finite
 ALIGNMENT: Final = 16  # bytes; every tensor of a buffer begins at a multiple
 MEET_S: Final = 20.0  # for both ends to join; a first NCCL communicator takes seconds
 POLL_S: Final = 2e-4
+SPIN_S: Final = 1e-3  # small transfers are over before a sleep would be
 _ROW: Final = 1024  # words that are summed at once for a checksum
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class PairGroup:
         self._timeout_s = timeout_s
         self._is_closed = False
         self._store = store  # NCCL asks it again when it makes its communicator
+        self._choose_device()
         try:
             self._group = _gloo(store, rank, own_host) if device.type == "cpu" else _nccl(store, rank)
         except RuntimeError as error:
@@ -109,25 +111,33 @@ class PairGroup:
             verb = self._group.send if sender == rank else self._group.recv
             self._run(lambda verb=verb: verb([word], self._peer, 0), MEET_S)  # type: ignore[misc]
 
+    def _choose_device(self) -> None:
+        """For this thread: without it, each would also open the first GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _run(self, begin: Callable[[], Any], timeout_s: float) -> None:
         if self._is_closed:
             raise WorkerLost("the pair was closed")
+        self._choose_device()
         try:
             work = begin()
             if self._device.type == "cpu":
                 work.wait(timedelta(seconds=timeout_s))
             else:
-                self._poll(work, time.monotonic() + timeout_s)
+                self._poll(work, timeout_s)
         except RuntimeError as error:
             raise WorkerLost(f"the other end is gone or stuck: {_first_line(error)}") from error
 
-    def _poll(self, work: Any, deadline: float) -> None:
+    def _poll(self, work: Any, timeout_s: float) -> None:
         """NCCL has no wait that ends by itself: waiting for its stream would hang with a lost peer."""
+        began = time.monotonic()
         while not work.is_completed():
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - began
+            if waited_s > timeout_s:
                 self.close()
                 raise WorkerLost("the other end is gone or stuck: nothing moved in time")
-            time.sleep(POLL_S)
+            time.sleep(0.0 if waited_s < SPIN_S else POLL_S)
         if self._is_closed:  # an aborted operation looks like a completed one
             raise WorkerLost("the pair was closed")
         work.wait()

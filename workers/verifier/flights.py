@@ -21,7 +21,7 @@ from dspark.workers.verifier.verdict import Verdict
 if TYPE_CHECKING:
     from dspark.workers.verifier.engine import Engine
 
-OBSERVED_ROWS = 16  # of a step, in turns: the estimate of survival is no better for more
+OBSERVED_ROWS = 4  # of a step, in turns: the estimates are no better for more, and learning takes time from the engine's thread
 
 
 class Flights:

@@ -178,7 +178,7 @@ class Flights:
             raise RuntimeError("a step was verified at other positions than those that the host knows")
         accepted = _num_accepted(own, chains, num_drafts)
         outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s)
-        self._note(chains, accepted, num_drafts, [outcome.finish is not None for outcome in outcomes], now_s)
+        self._note(chains, accepted, num_drafts, outcomes, now_s)
         lengths = [outcome.base_len for outcome in outcomes]
         drafter.follow([outcome.request_id for outcome in outcomes], lengths, [sequence.tokens[-1] for sequence in sequences])
         if self._drafted is None:
@@ -222,7 +222,7 @@ class Flights:
         engine.counters.count_chains(num_drafts, counts, [sequence.rule for sequence in simple])
         return outcomes, ended
 
-    def _note(self, chains: DraftedChains, accepted: Ints, num_drafts: int, has_ended: list[bool], now_s: float) -> None:
+    def _note(self, chains: DraftedChains, accepted: Ints, num_drafts: int, outcomes: list[StepOutcome], now_s: float) -> None:
         """Teach counters, costs and estimates what the step was."""
         engine, num_rows = self._engine, len(accepted)
         counters, drafts = engine.counters, engine.drafts
@@ -239,7 +239,9 @@ class Flights:
         begin = self._turn if self._turn < num_rows else 0
         self._turn = begin + OBSERVED_ROWS
         part = slice(begin, begin + OBSERVED_ROWS)
-        engine.survival.observe_chains(confidence[part].tolist(), margin[part].tolist(), accepted[part].tolist(), has_ended[part])
+        counts = [outcome.accepted for outcome in outcomes[part]]  # what followed the end of a request was never asked for
+        is_cut = [len(outcome.tokens) <= outcome.accepted for outcome in outcomes[part]]
+        engine.survival.observe_chains(confidence[part].tolist(), margin[part].tolist(), counts, is_cut)
         engine.aside.run(engine.survival.learn)
 
 

@@ -179,7 +179,8 @@ def test_an_aborted_request_leaves_the_others_alone(target: Target) -> None:
         engine.add(request)
     for step in range(200):
         if step == 5:
-            assert engine.flights.is_drafted
+            assert engine.flights.under_way
+            assert not engine.flights.is_plain
             engine.abort("r1")
             tokens["r1"] = []
             engine.add(next(request for request in requests(temperature=0.0) if request.id == "r1"))
@@ -263,3 +264,13 @@ def test_blocks_are_as_short_as_a_step_that_is_launched_ahead_wants_them(target:
         flown = [outcome.drafted for result in results.values() for outcome in result.outcomes[4:-8]]
         longest.append(max(flown))
     assert longest == [4, 2]
+
+
+@pytest.mark.parametrize("field", ["positions", "anchors"])
+def test_a_device_that_is_of_another_mind_is_not_believed(target: Target, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was verified behind a wrong token would be text that the target never wrote: the engine fails instead."""
+    _, engine = engines(target, speculation="static:4")
+    take = engine.drafter.continued  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine.drafter, "continued", lambda: dataclasses.replace(chains := take(), **{field: getattr(chains, field) + 1}))
+    with pytest.raises(RuntimeError, match="behind other tokens"):
+        run(engine, requests(temperature=0.0))

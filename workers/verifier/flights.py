@@ -42,10 +42,6 @@ class Flights:
         """Whether the step under way drafts nothing."""
         return self._plain is not None
 
-    @property
-    def is_drafted(self) -> bool:
-        return self._drafted is not None
-
     def begin(self, plan: VerifyPlan, result: StepResult, has_drafts: bool) -> int | None:
         """Launch the step after a planned one that runs, where it can be known; how deep to draft for it (None: too early to say)."""
         depth = self._depth_behind(plan)
@@ -174,8 +170,9 @@ class Flights:
         now_s = engine.clock()
         if len(alive) < len(flight.sequences):
             own, chains = own[alive], _rows_of(chains, alive)
-        if not np.array_equal(chains.positions, bases - 1):
-            raise RuntimeError("a step was verified at other positions than those that the host knows")
+        known = np.fromiter((sequence.tokens[-1] for sequence in sequences), np.int64, len(sequences))
+        if not (np.array_equal(chains.positions, bases - 1) and np.array_equal(chains.anchors, known)):
+            raise RuntimeError("a step was verified behind other tokens than those that the host knows")
         accepted = _num_accepted(own, chains, num_drafts)
         outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s)
         self._note(chains, accepted, num_drafts, outcomes, now_s)

@@ -120,11 +120,11 @@ class GraphForward(Forward):
         return self._replays[size]()
 
     @torch.inference_mode()
-    def replay_drafts(self, size: int, step: HostStep, drafts: DeviceDrafts, row_tokens: int) -> StepOutput:
+    def replay_drafts(self, size: int, step: HostStep, drafts: DeviceDrafts, row_tokens: int) -> None:
         """``replay`` of rows of ``row_tokens`` tokens each, whose ids, positions and slots are on the device already."""
         self.buffers.fill(size, step)
         self.buffers.overwrite(size, drafts, len(step.lengths), row_tokens)
-        return self._replays[size]()
+        self._replays[size]()
 
     @torch.inference_mode()
     def own_tokens(self, count: int) -> OwnTokens:

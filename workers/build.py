@@ -186,8 +186,8 @@ def assemble(
 
 
 def _uses_graphs(config: EngineConfig, target: Target) -> bool:
-    """Whether steps run from CUDA graphs; ranks do not, each of them launches its own kernels."""
-    return target.device.type == "cuda" and target.ranks is None and config.graph_tokens > 0
+    """Whether steps run from CUDA graphs."""
+    return target.device.type == "cuda" and (target.ranks is None or target.ranks.can_replay) and config.graph_tokens > 0
 
 
 def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter, progress: Progress) -> GraphOptions | None:

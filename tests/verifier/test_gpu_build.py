@@ -59,6 +59,24 @@ def test_the_same_text_as_on_a_cpu(folders: tuple[str, str], speculation: str, m
         assert speculation == "off" or llm.engine.counters.drafted
 
 
+def test_ranks_replay_what_their_leader_does(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(**settings(folders, drafter="none", speculation="off", profile=False)) as llm:
+        wanted = [[out.token_ids for out in llm.generate(PROMPTS, sampling)] for sampling in SAMPLINGS]
+    monkeypatch.setattr(build, "_uses_graphs", lambda config, target: True)
+    monkeypatch.setattr(build, "CudaGraphs", lambda warn: plain_calls)
+    parallel = {"tensor_parallel": 2, "driver": "overlapped", "profile": False, "graph_tokens": 32}
+    with LLM(**settings(folders, drafter=folders[1], speculation="tree:5", **parallel)) as llm:
+        replayed: list[int] = []
+        graphs = llm.engine.runner._graphs
+        assert graphs is not None
+        replay = graphs.replay
+        monkeypatch.setattr(graphs, "replay", lambda size, step: (replayed.append(size), replay(size, step))[1])
+        assert [[out.token_ids for out in llm.generate(PROMPTS, sampling)] for sampling in SAMPLINGS] == wanted
+        assert replayed
+        assert llm.engine.counters.drafted
+        assert not llm.engine.ahead.can_run  # the other ranks know no token that the host does not
+
+
 class _Counting:
     """A probe that runs what it measures."""
 

@@ -25,9 +25,10 @@ from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.forward import StepInput
 from dspark.workers.verifier.fused import fuse
+from dspark.workers.verifier.graphs import GraphSizes
 from dspark.workers.verifier.parallel.group import HEAD_WORDS, RankGroup
 from dspark.workers.verifier.parallel.layout import Layout, check_experts, check_heads, part
-from dspark.workers.verifier.parallel.messages import END, Move, decode, encode_move, encode_step
+from dspark.workers.verifier.parallel.messages import END, Move, Start, decode, encode_move, encode_start, encode_step
 from dspark.workers.verifier.parallel.sharding import ExpertLoad, SplitHead, split_model
 from dspark.workers.verifier.targets import Target, as_target, own_logits, paged_logits
 
@@ -109,11 +110,13 @@ def test_announcements_come_out_as_they_went_in() -> None:
     assert (got.ids, got.positions, got.slots, got.wanted, got.padding) == (sent.ids, sent.positions, sent.slots, sent.wanted, 11)
     for row, original in zip(got.rows, rows, strict=True):
         assert (row.start, row.length, row.context) == (original.start, original.length, original.context)
-        assert row.table == original.table[: -(-original.context // 16)]
+        assert list(row.table) == original.table[: -(-original.context // 16)]
     assert got.rows[0].visible is None
     assert got.rows[1].visible is not None
     assert torch.equal(got.rows[1].visible, tree)
     assert decode(encode_move([5, 6], [1, 2])) == Move([5, 6], [1, 2])
+    for graphs in (None, GraphSizes((1, 2, 8), 4, 128, 6, with_trees=True)):
+        assert decode(encode_start(graphs)) == Start(graphs)
     assert decode(END) is None
 
 

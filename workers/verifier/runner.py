@@ -66,14 +66,14 @@ class Runner:
         self.pool = pool
         self.taps = taps
         self._graphs: GraphForward | None = None
-        sizes: tuple[int, ...] = ()
-        if graphs is None:
+        sizes = None if graphs is None else graphs.sizes(pool.block_size)
+        if graphs is None or sizes is None:
             self._model = Forward(target, pool.num_blocks, pool.block_size, taps, feed)
         else:
-            wanted = graphs.sizes(pool.block_size)
-            self._model = self._graphs = GraphForward(target, pool, taps, feed, wanted, graphs.capture)
-            sizes = wanted.tokens
-        self._sizes = sizes
+            self._model = self._graphs = GraphForward(target, pool, taps, feed, sizes, graphs.capture)
+        self._sizes = () if sizes is None else sizes.tokens
+        if target.ranks is not None:
+            target.ranks.start(sizes)
         self.store = self._model.store
 
     def prepare(self, progress: Callable[[str], None] = lambda _: None) -> None:
@@ -95,8 +95,8 @@ class Runner:
 
     @property
     def max_launched(self) -> int:
-        """Rows that ``launch`` takes at most; 0 without graphs."""
-        return self._sizes[-1] if self._sizes else 0
+        """Rows that ``launch`` takes at most; 0 without graphs, and where other ranks would have to be told of tokens."""
+        return self._sizes[-1] if self._sizes and self.target.ranks is None else 0
 
     def launch(self, step: HostStep) -> BestTokens:
         """Launch a step of one token a row from the graphs, and wait for nothing; it may take its tokens from the step before."""

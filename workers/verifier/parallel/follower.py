@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from dspark.workers.blocks import BLOCK_SIZE
-from dspark.workers.verifier.forward import Forward, StepInput
+from dspark.kernels.graphs import CudaGraphs, plain_calls
+from dspark.workers.blocks import BLOCK_SIZE, BlockPool
+from dspark.workers.verifier.forward import Forward
+from dspark.workers.verifier.graphs import GraphForward
 from dspark.workers.verifier.parallel.group import RankGroup
 from dspark.workers.verifier.parallel.loading import agree_on_kv, load_share, reach_store
-from dspark.workers.verifier.parallel.messages import decode
+from dspark.workers.verifier.parallel.messages import Move, Start, decode
 from dspark.workers.verifier.parallel.spec import RankSpec
+from dspark.workers.verifier.targets import Target
+
+log = logging.getLogger(__name__)
 
 
 def follow(spec: RankSpec, own_host: str) -> None:
@@ -22,13 +29,29 @@ def follow(spec: RankSpec, own_host: str) -> None:
     group = RankGroup(spec.layout, store, own_host, device)
     target, _ = load_share(spec, group, store)
     num_blocks = agree_on_kv(spec, group, target) // BLOCK_SIZE
-    obey(group, Forward(target, num_blocks, BLOCK_SIZE, ()))
+    obey(group, target, num_blocks)
 
 
-def obey(group: RankGroup, forward: Forward) -> None:
-    """Do what the leader announces until it announces the end."""
+def obey(group: RankGroup, target: Target, num_blocks: int) -> None:
+    """Do what the leader announces until it announces the end; the first is a start."""
+    forward: Forward | None = None
     while (announced := decode(group.receive())) is not None:
-        if isinstance(announced, StepInput):
-            forward.run(announced)
-        else:
+        if isinstance(announced, Start):
+            forward = None  # its KV makes room
+            forward = start(target, num_blocks, announced)
+            continue
+        assert forward is not None, "a leader announces a start before anything else"
+        if isinstance(announced, Move):
             forward.move(announced.sources, announced.targets)
+        else:
+            forward.run(announced)
+
+
+def start(target: Target, num_blocks: int, announced: Start) -> Forward:
+    """This rank's forward. Graphs are captured in step with the leader: their collectives run while they are."""
+    if announced.graphs is None:
+        return Forward(target, num_blocks, BLOCK_SIZE, ())
+    capture = CudaGraphs(log.warning) if target.device.type == "cuda" else plain_calls
+    forward = GraphForward(target, BlockPool(num_blocks), (), None, announced.graphs, capture)
+    forward.prepare()
+    return forward

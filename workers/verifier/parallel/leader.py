@@ -15,10 +15,11 @@ import torch
 from dspark.errors import ConfigError, DSparkError, WorkerLost
 from dspark.workers.blocks import BLOCK_SIZE
 from dspark.workers.verifier.forward import StepInput
+from dspark.workers.verifier.graphs import GraphSizes
 from dspark.workers.verifier.parallel.group import RankGroup
 from dspark.workers.verifier.parallel.layout import Layout
 from dspark.workers.verifier.parallel.loading import agree_on_kv, here_key, load_share, open_store
-from dspark.workers.verifier.parallel.messages import END, encode_move, encode_step
+from dspark.workers.verifier.parallel.messages import END, encode_move, encode_start, encode_step
 from dspark.workers.verifier.parallel.sharding import ExpertLoad
 from dspark.workers.verifier.parallel.spec import RankSpec
 from dspark.workers.verifier.targets import Target
@@ -113,6 +114,15 @@ class Ranks:
     def agree_on_kv(self, target: Target) -> int:
         """Tokens of KV that every rank has room for."""
         return agree_on_kv(self._spec, self._group, target)
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether forwards may run from graphs: experts are chosen on the host."""
+        return self._load is None
+
+    def start(self, graphs: GraphSizes | None) -> None:
+        """Announce an empty KV pool and the graphs that the leader will capture next."""
+        self._group.send(encode_start(graphs))
 
     @contextmanager
     def step(self, inputs: StepInput) -> Iterator[None]:

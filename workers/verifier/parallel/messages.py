@@ -5,6 +5,7 @@
     a forward   1, T, padding, R, L, ids [T], positions [T], slots [T], wanted [L], then for each of R rows:
                 start, length, context, table length, tree flag, table [...], and with the flag the bits of ``visible`` [length, length]
     a move      2, n, source slots [n], target slots [n]
+    a start     3, then for graphs: max_rows, max_blocks, longest, tree flag, G, sizes [G]
     the end     nothing
 
 Nothing here comes from outside the group.
@@ -12,7 +13,10 @@ Nothing here comes from outside the group.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,8 +24,9 @@ from torch import Tensor
 
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.workers.verifier.forward import StepInput
+from dspark.workers.verifier.graphs import GraphSizes
 
-STEP, MOVE = 1, 2
+STEP, MOVE, START = 1, 2, 3
 END = torch.empty(0, dtype=torch.int32)
 
 
@@ -31,6 +36,21 @@ class Move:
 
     sources: list[int]
     targets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """An empty KV pool, and graphs of these sizes to be captured (None: there are none)."""
+
+    graphs: GraphSizes | None
+
+
+def encode_start(graphs: GraphSizes | None) -> Tensor:
+    """The announcement of a start."""
+    words = [START]
+    if graphs is not None:
+        words += [graphs.max_rows, graphs.max_blocks, graphs.longest, int(graphs.with_trees), len(graphs.tokens), *graphs.tokens]
+    return torch.tensor(words, dtype=torch.int32)
 
 
 def encode_step(step: StepInput, block_size: int) -> Tensor:
@@ -50,13 +70,13 @@ def encode_move(sources: list[int], targets: list[int]) -> Tensor:
     return torch.tensor([MOVE, len(sources), *sources, *targets], dtype=torch.int32)
 
 
-def decode(words: Tensor) -> StepInput | Move | None:
+def decode(words: Tensor) -> StepInput | Move | Start | None:
     """What was announced; None at the end."""
     reader = _Reader(words.tolist())
     if not reader.words:
         return None
     (kind,) = reader.take(1)
-    found = _read_step(reader) if kind == STEP else _read_move(reader)
+    found: StepInput | Move | Start = _READERS[kind](reader)
     assert reader.at == len(reader.words), "an announcement has the length that it says"
     return found
 
@@ -82,11 +102,21 @@ def _read_move(reader: _Reader) -> Move:
     return Move(reader.take(count), reader.take(count))
 
 
+def _read_start(reader: _Reader) -> Start:
+    if reader.at == len(reader.words):
+        return Start(None)
+    max_rows, max_blocks, longest, with_trees, count = reader.take(5)
+    return Start(GraphSizes(tuple(reader.take(count)), max_rows, max_blocks, longest, bool(with_trees)))
+
+
 def _read_row(reader: _Reader) -> AttentionRow:
     start, length, context, num_blocks, is_tree = reader.take(5)
-    table = reader.take(num_blocks)
+    table = array("i", reader.take(num_blocks))  # as a pool's
     visible = _unpack(reader.take(_num_words(length)), length) if is_tree else None
     return AttentionRow(start, length, context, table, visible)
+
+
+_READERS: Final[Mapping[int, Callable[[_Reader], StepInput | Move | Start]]] = {STEP: _read_step, MOVE: _read_move, START: _read_start}
 
 
 def _num_words(length: int) -> int:

@@ -20,6 +20,7 @@ from dspark.types import KVSource, Request
 
 if TYPE_CHECKING:
     from dspark import LLM
+    from dspark.bench.traffic import Job
     from dspark.workers.verifier.host import EngineHost
     from dspark.workers.verifier.kv_exchange import EngineExchange
 
@@ -147,37 +148,44 @@ def kv_taker(
 
 
 def drafts(talk: Talk, llm: Mapping[str, Any], threads: int | None, work: Mapping[str, Any], worker: Sequence[str] | None) -> None:
-    """A verifier under closed load, drafting beside its target or with the draft worker at (address, token)."""
+    """A verifier under closed load, drafting beside its target or with the draft worker at (address, token).
+
+    ``work`` has ``levels`` of (streams, requests); each begins when the parent says so.
+    """
     from dspark import LLM
     from dspark.bench.http_client import Ask
-    from dspark.bench.in_process import run_in_process
     from dspark.bench.prompt_sets import load_set, take
     from dspark.bench.traffic import Job
 
-    streams = work["streams"]
-    settings = {**llm, "threads": threads, "max_num_seqs": streams, "prefix_cache": False}
+    settings = {**llm, "threads": threads, "max_num_seqs": max(streams for streams, _ in work["levels"]), "prefix_cache": False}
     with LLM(**settings) if worker is None else LLM.with_draft_workers([worker[0]], worker[1], **settings) as engine:
         is_chat = getattr(engine.tokenizer, "chat_template", None) is not None
         ask = Ask("", work["tokens"], 0.0, ignore_eos=True, is_chat=is_chat)
         prompts = [prompt for name in work["sets"] for prompt in load_set(Path(work["prompts"]), name)]
-        jobs = [Job(ask, prompt) for prompt in take(prompts, work["requests"])]
-        run_in_process(engine, jobs[:streams], streams)  # warms up whatever is compiled or cached at first
-        talk.say(ready=True)
-        talk.hear()
-        before = engine.stats()
-        measured = run_in_process(engine, jobs, streams)
-        after = engine.stats()
+        for streams, requests in work["levels"]:
+            talk.say(**_level(talk, engine, [Job(ask, prompt) for prompt in take(prompts, requests)], streams))
+
+
+def _level(talk: Talk, engine: LLM, jobs: Sequence[Job], streams: int) -> dict[str, Any]:
+    """What so many streams at once measure, after a first round that warms up whatever is compiled or cached."""
+    from dspark.bench.in_process import run_in_process
+
+    run_in_process(engine, jobs[:streams], streams)
+    talk.say(ready=True)
+    talk.hear()
+    before = engine.stats()
+    measured = run_in_process(engine, jobs, streams)
+    after = engine.stats()
     if measured.errors:
         raise DSparkError(f"{measured.errors.total()} requests failed: {measured.errors.most_common(1)[0][0]}")
     timelines = [answer.timeline for answer in measured.answers if answer.timeline is not None]
     grown = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in ("accepted_tokens_total", "drafted_rounds_total")}
-    talk.say(
-        tokens=sum(timeline.num_tokens for timeline in timelines),
-        seconds=measured.seconds,
-        ttft_s=[timeline.ttft_s for timeline in timelines],
-        tpot_s=[timeline.tpot_s for timeline in timelines if timeline.tpot_s is not None],
-        **grown,
-    )
+    return {
+        "tokens": sum(timeline.num_tokens for timeline in timelines),
+        "seconds": measured.seconds,
+        "ttft_s": [timeline.ttft_s for timeline in timelines],
+        "tpot_s": [timeline.tpot_s for timeline in timelines if timeline.tpot_s is not None],
+    } | grown
 
 
 JOBS: Final[Mapping[str, Callable[..., None]]] = {

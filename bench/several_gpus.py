@@ -230,38 +230,40 @@ def _kv(plan: GpusPlan) -> Iterator[Record]:
 
 def _drafting(plan: GpusPlan) -> Iterator[Record]:
     """Each arrangement gets ``streams`` for every device that it takes, draft devices included."""
-    for streams in plan.streams:
-        for name, verifiers, workers in (("colocated", 1, 0), ("colocated", 2, 0), ("disaggregated", 1, 1)):
-            count = verifiers + workers
-            what: Record = {"what": f"{name} on {count} devices", "topology": name, "verifiers": verifiers, "draft_workers": workers}
-            try:
-                _needs(plan, count)
-            except NotHere as reason:
-                yield what | {"skipped": str(reason)}
-                continue
-            told = _serve(plan, verifiers, workers, streams * count)
-            yield what | {"num_devices": count, "streams": streams * count} | _summary(told, count)
+    for name, verifiers, workers in (("colocated", 1, 0), ("colocated", 2, 0), ("disaggregated", 1, 1)):
+        count = verifiers + workers
+        what: Record = {"what": f"{name} on {count} devices", "topology": name, "verifiers": verifiers, "draft_workers": workers}
+        try:
+            _needs(plan, count)
+        except NotHere as reason:
+            yield what | {"skipped": str(reason)}
+            continue
+        for streams, told in _serve(plan, verifiers, workers):
+            yield what | {"num_devices": count, "streams": streams} | _summary(told, count)
 
 
-def _serve(plan: GpusPlan, verifiers: int, workers: int, streams: int) -> list[Record]:
-    """What each verifier of one arrangement measured, all under load at the same time."""
+def _serve(plan: GpusPlan, verifiers: int, workers: int) -> Iterator[tuple[int, list[Record]]]:
+    """Streams of one arrangement, and what each verifier of it measured, all under load at the same time."""
     shared = {"drafter": plan.drafter, "speculation": plan.speculation}
+    levels = [streams * (verifiers + workers) for streams in plan.streams]
     with ExitStack() as stack:
         worker = None
         if workers:
-            flags = ["--device", plan.device(verifiers), "--drafter", plan.drafter, "--dtype", plan.dtype, "--max-num-seqs", str(streams)]
+            most = str(max(levels))
+            flags = ["--device", plan.device(verifiers), "--drafter", plan.drafter, "--dtype", plan.dtype, "--max-num-seqs", most]
             flags += ["--threads", str(plan.threads)] if plan.threads else []
             worker = stack.enter_context(draft_worker([*([plan.model] if plan.model else []), *flags], START_S))
-        work = plan.work | {"streams": streams // verifiers, "requests": max(plan.requests, streams) // verifiers}
+        work = plan.work | {"levels": [(streams // verifiers, max(plan.requests, streams) // verifiers) for streams in levels]}
         children = []
         for index in range(verifiers):
             llm = plan.llm(plan.model, device=plan.device(index), **shared)
             children.append(stack.enter_context(Child("drafts", llm=llm, threads=plan.threads, work=work, worker=worker)))
-        for child in children:
-            child.hear()
-        for child in children:
-            child.tell(go=True)
-        return [child.hear() for child in children]
+        for streams in levels:
+            for child in children:
+                child.hear()
+            for child in children:
+                child.tell(go=True)
+            yield streams, [child.hear() for child in children]
 
 
 def _summary(told: Sequence[Record], num_devices: int) -> Record:

@@ -59,7 +59,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool)
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads' work is not part of it
                 try:
                     output = run()
                 finally:

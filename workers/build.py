@@ -16,6 +16,7 @@ import torch
 from dspark.config import EngineConfig
 from dspark.deploy.default_model import DEFAULT_MODEL_NAME, default_cache, default_drafter, prepare
 from dspark.errors import ConfigError
+from dspark.kernels.device import use_device
 from dspark.kernels.graphs import CudaGraphs
 from dspark.types import Drafter, Mode, Speculation
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
@@ -79,6 +80,7 @@ def load_engine(
     ranks (None: as processes beside this one). ``make_drafter``: what drafts, if not this process.
     """
     device = resolve_device(config.device)
+    use_device(device)
     dtype = resolve_dtype(config.dtype, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -14,6 +14,7 @@ from dspark.config import EngineConfig
 from dspark.deploy.default_model import default_cache, prepare
 from dspark.drafting import DraftLayout, OpenSession, TurnBatch
 from dspark.errors import ConfigError
+from dspark.kernels.device import use_device
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, DraftTurn
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
@@ -94,6 +95,7 @@ def default_wait_s(costs: LiveCosts | None) -> float:
 def load_draft_worker(config: EngineConfig, kv_tokens: int | None = None, progress: Progress = lambda _: None) -> LoadedDraftWorker:
     """A draft worker for verifiers that run ``config``: of the target it loads the embedding and the output head only."""
     device = resolve_device(config.device)
+    use_device(device)
     dtype = resolve_dtype(config.dtype, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

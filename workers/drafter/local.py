@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark.kernels.buckets import pad_rows
+from dspark.kernels.device import use_device
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
@@ -68,6 +69,7 @@ class GraftedDrafter(ABC, Generic[Module]):
     @torch.no_grad()
     def propose(self, turns: Sequence[DraftTurn]) -> None:
         """Store the context of all turns, in one pass a layer, and note what each request may draft next."""
+        use_device(self._device)
         for turn in turns:
             self._advance(turn)
         fed = [(turn, count) for turn in turns if (count := num_usable(turn)) > 0]

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from dspark.errors import BadRequest, DSparkError, WorkerLost
+from dspark.kernels.device import use_device
 from dspark.types import Finish, MeasuredDrafter, ReplicaView, Request, SpeculationState, StepOutcome
 from dspark.workers.verifier.activity import RecentDrafts
 from dspark.workers.verifier.engine import Engine, abort_outcome
@@ -206,6 +207,7 @@ class EngineHost:
 
     def _run(self) -> None:
         try:
+            use_device(self.engine.target.device)
             while self._take_inbox():
                 if self._do_errands() and not self.engine.has_work:
                     continue

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from dspark.kernels.device import use_device
 from dspark.kernels.graphs import CudaGraphs, plain_calls
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.verifier.forward import Forward
@@ -23,8 +24,7 @@ def follow(spec: RankSpec, own_host: str) -> None:
     """Join, load, and work until the leader announces the end. WorkerLost if it goes without a word."""
     torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    use_device(device)
     store = reach_store(spec)
     group = RankGroup(spec.layout, store, own_host, device)
     target, _ = load_share(spec, group, store)

@@ -43,7 +43,7 @@ class RankGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over all ranks, in place."""
         with self._guard():
-            self._tensors.allreduce([x], _inline(dist.AllreduceOptions())).wait()
+            _finish(self._tensors.allreduce([x], _inline(dist.AllreduceOptions())))
         return x
 
     def gather_columns(self, x: Tensor, width: int) -> Tensor:
@@ -55,7 +55,7 @@ class RankGroup:
         options = _inline(dist.GatherOptions())
         options.rootRank = 0
         with self._guard():
-            self._tensors.gather([parts] if parts else [], [padded], options).wait()
+            _finish(self._tensors.gather([parts] if parts else [], [padded], options))
         if not parts:
             return x
         shares = [Layout(rank, layout.tensor, layout.expert).share(width) for rank in range(layout.size)]
@@ -131,6 +131,12 @@ def _inline(options: Any) -> Any:
     """On a GPU: on the stream of the model, without a second one to wait for."""
     options.asyncOp = False
     return options
+
+
+def _finish(work: Any) -> None:
+    """Wait for a collective; on the model's own stream there is nothing to wait for, and no work."""
+    if work is not None:
+        work.wait()
 
 
 def _nccl(store: Store, layout: Layout) -> Any:

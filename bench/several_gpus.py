@@ -230,7 +230,7 @@ def _kv(plan: GpusPlan) -> Iterator[Record]:
 
 def _drafting(plan: GpusPlan) -> Iterator[Record]:
     """Each arrangement gets ``streams`` for every device that it takes, draft devices included."""
-    for name, verifiers, workers in (("colocated", 1, 0), ("colocated", 2, 0), ("disaggregated", 1, 1)):
+    for name, verifiers, workers in (("disaggregated", 1, 1), ("colocated", 2, 0), ("colocated", 1, 0)):
         count = verifiers + workers
         what: Record = {"what": f"{name} on {count} devices", "topology": name, "verifiers": verifiers, "draft_workers": workers}
         try:

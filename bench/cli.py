@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -44,7 +45,16 @@ SERVER_START_S = 300.0
 def main(argv: Sequence[str]) -> int:
     """Run one command; the exit code is 1 when a check or a request failed. DSparkError if it cannot run at all."""
     args = make_parser(_RUN).parse_args(argv)
-    return int(args.run(args))
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        return int(args.run(args))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: object) -> None:
+    """Leave as after Ctrl-C: servers that were started for a measurement end with it."""
+    raise KeyboardInterrupt
 
 
 def _offline(args: argparse.Namespace) -> int:

@@ -64,9 +64,9 @@ def _is_healthy(url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to stop as Ctrl-C does, and insist if it does not: nothing may be left behind."""
+    """Ask it to stop, and insist if it does not: nothing may be left behind. (What a script starts in the background ignores SIGINT.)"""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:

@@ -24,7 +24,7 @@ from dspark.errors import ConfigError
 
 PREFIX = "DSPARK_"
 DRAFT_TOKEN = "DSPARK_DRAFT_TOKEN"  # what verifiers show to a draft worker that stands alone
-OTHER_VARIABLES = frozenset({"DSPARK_CACHE", DRAFT_TOKEN})  # read elsewhere, not configuration keys
+OTHER_VARIABLES = frozenset({"DSPARK_CACHE", "DSPARK_COMMIT", DRAFT_TOKEN})  # read elsewhere, not configuration keys
 MAX_FILE_BYTES = 2**20
 # Kubernetes puts the addresses of services into the environment; for one named "dspark" they begin like ours.
 _SERVICE_LINK = re.compile(r"_SERVICE_HOST$|_SERVICE_PORT(_\w+)?$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$|_PORT$")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -15,17 +16,15 @@ from dspark.bench.server_process import free_port, running, serve_command
 from dspark.errors import ConfigError
 
 SERVER = """
-import http.server, os, pathlib, sys
+import http.server, os, pathlib, signal, sys
 pathlib.Path(sys.argv[2]).write_text(str(os.getpid()))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(int(sys.argv[3])); self.send_header("Content-Length", "0"); self.end_headers()
 print("loading", flush=True)
-try:
-    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-except KeyboardInterrupt:
-    if sys.argv[4:] == ["stubborn"]:
-        http.server.HTTPServer(("127.0.0.1", 0), Handler).serve_forever()
+if sys.argv[4:] == ["stubborn"]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
@@ -35,6 +34,22 @@ def is_alive(pid_file: Path) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+BENCH = """
+import argparse, sys, time
+from dspark.bench import cli
+from dspark.bench.server_process import running
+def run(args):
+    with running(sys.argv[2:], sys.argv[1], 30.0):
+        print("measuring", flush=True)
+        time.sleep(60.0)
+class Parser(argparse.ArgumentParser):
+    def parse_args(self, argv):
+        return argparse.Namespace(run=run)
+cli.make_parser = lambda commands: Parser()
+cli.main([])
+"""
 
 
 def command(port: int, pid_file: Path, status: int = 200, *more: str) -> list[str]:
@@ -50,7 +65,7 @@ def test_a_server_runs_for_the_length_of_a_block(tmp_path: Path) -> None:
     assert not is_alive(pid_file)
 
 
-def test_a_server_that_ignores_ctrl_c_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "STOP_S", 0.5)
     port, pid_file = free_port(), tmp_path / "pid"
     with running(command(port, pid_file, 200, "stubborn"), f"http://127.0.0.1:{port}", 30.0):
@@ -83,3 +98,14 @@ def test_free_port_and_command() -> None:
     arguments = ["-m", "dspark", "serve", "folder", "--port", "8123", "--drafter", "ngram"]
     assert serve_command("folder", 8123, ["--drafter", "ngram"]) == [sys.executable, *arguments]
     assert serve_command(None, 8123, [])[1:] == ["-m", "dspark", "serve", "--port", "8123"]
+
+
+def test_a_measurement_that_is_told_to_end_takes_its_server_along(tmp_path: Path) -> None:
+    port, pid_file = free_port(), tmp_path / "pid"
+    arguments = [f"http://127.0.0.1:{port}", *command(port, pid_file)]
+    with subprocess.Popen([sys.executable, "-c", BENCH, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as bench:
+        assert bench.stdout is not None
+        assert bench.stdout.readline() == b"measuring\n"
+        bench.terminate()
+        assert bench.wait(30.0) != 0
+    assert not is_alive(pid_file)

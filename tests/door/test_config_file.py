@@ -144,6 +144,7 @@ def test_bad_environment_names_the_variable() -> None:
 def test_the_cache_variable_and_service_links_of_kubernetes_are_not_ours() -> None:
     env = {
         "DSPARK_CACHE": "/cache",
+        "DSPARK_COMMIT": "abc1234",
         "DSPARK_SERVICE_HOST": "10.0.0.1",
         "DSPARK_SERVICE_PORT": "8000",
         "DSPARK_SERVICE_PORT_HTTP": "8000",

@@ -131,7 +131,9 @@ class TrainerConfig(Section):
     eval_every: int = Field(default=500, ge=1, description="steps between held-out measurements")
     save_every_s: float = Field(default=60.0, ge=0, description="seconds between checkpoints")
     log_every: int = Field(default=20, ge=1, description="steps between lines of metrics")
-    compile: bool = Field(default=False, description="compile the loss with torch.compile")
+    compile: bool | None = Field(
+        default=None, description="compile the loss with torch.compile; None: on a GPU, unless train_seconds is under two minutes"
+    )
     feature_cache_gib: float = Field(
         default=0.0, ge=0, description="memory of each worker for target features that later epochs read again; 0: none are kept"
     )

@@ -16,11 +16,11 @@ from torch import Tensor
 from dspark.errors import ConfigError
 from dspark.training import metrics as metrics_module
 from dspark.training import trainer as trainer_module
-from dspark.training.config import TrainConfig
+from dspark.training.config import TrainConfig, TrainerConfig
 from dspark.training.export import export
 from dspark.training.metrics import METRICS, Metrics
 from dspark.training.target import load_target
-from dspark.training.trainer import Trainer, train
+from dspark.training.trainer import Trainer, compiles, train
 from dspark.workers.drafter.dialects import load_drafter
 
 SHORT = {"max_steps": 6, "log_every": 1, "eval_every": 4, "batch_tokens": 512, "anchors": 8, "save_every_s": 0.0}
@@ -179,3 +179,13 @@ def test_the_target_gets_its_attention_back_and_its_weights_stay(folder: Path) -
         load_drafter(config.drafter_folder, trainer_module.target_head(target), torch.float32, torch.device("cpu")).config.block_size
         == BLOCK
     )
+
+
+def test_the_loss_is_compiled_where_that_pays() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiles(TrainerConfig(), gpu)
+    assert not compiles(TrainerConfig(), cpu)
+    assert not compiles(TrainerConfig(train_seconds=75.0), gpu)
+    assert compiles(TrainerConfig(train_seconds=600.0), gpu)
+    assert compiles(TrainerConfig(compile=True), cpu)
+    assert not compiles(TrainerConfig(compile=False), gpu)

@@ -253,7 +253,7 @@ def _verifier(llm: Mapping[str, Any], threads: int | None) -> tuple[EngineHost, 
     config = engine_config({**llm, "threads": threads, "drafter": "none", "speculation": "off", "profile": False})
     loaded = call_in_own_thread(lambda: load_engine(config))
     host = EngineHost(loaded.engine)
-    return host, EngineExchange(loaded.engine, str(config.model), (1, 1), host.between_steps)
+    return host, EngineExchange(loaded.engine, str(config.model), host.between_steps)
 
 
 def _request(host: EngineHost, tokens: int, salt: str) -> Request:

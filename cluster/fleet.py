@@ -145,11 +145,9 @@ class Fleet:
         return flight
 
     def source_of(self, replica_id: str) -> KVSource | None:
-        """Where KV of a verifier can be fetched; None if it is not known, or spread over ranks."""
+        """Where KV of a verifier can be fetched; None if it is not known."""
         facts = self._facts.get(replica_id)
-        if facts is None or any(facts.described.get(name, 1) != 1 for name in ("tensor_parallel", "expert_parallel")):
-            return None
-        return KVSource(replica_id, facts.address, facts.token)
+        return None if facts is None else KVSource(replica_id, facts.address, facts.token)
 
     def _giver(self, link: Link, ask: Ask) -> str | None:
         """A verifier from which ``link``'s had better fetch a part of the prefix."""

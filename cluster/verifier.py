@@ -102,8 +102,7 @@ def load_verifier(config: EngineConfig, progress: Callable[[str], None], draftin
     host = EngineHost(loaded.engine, config.stall_s)
     ready = Ready(host, loaded.model_name, loaded.engine.options.max_model_len, loaded.describe)
     identity = f"{fingerprint_of(ready)} {loaded.describe['drafter']}"
-    ranks = (config.tensor_parallel, config.expert_parallel)
-    return dataclasses.replace(ready, exchange=EngineExchange(loaded.engine, identity, ranks, host.between_steps))
+    return dataclasses.replace(ready, exchange=EngineExchange(loaded.engine, identity, host.between_steps))
 
 
 class Verifier:

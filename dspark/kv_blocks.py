@@ -30,13 +30,11 @@ class KVLayout:
 
     identity: str
     block_size: int
-    tensor_parallel: int
-    expert_parallel: int
     parts: tuple[BlockPart, ...]
 
     def mismatch(self, other: KVLayout) -> str | None:
         """Why blocks of ``other`` are of no use here; None if they fit."""
-        for name in ("identity", "block_size", "tensor_parallel", "expert_parallel"):
+        for name in ("identity", "block_size"):
             if getattr(self, name) != getattr(other, name):
                 return f"{name} is {getattr(self, name)!r} here and {getattr(other, name)!r} there"
         if self.parts != other.parts:

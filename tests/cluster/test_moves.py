@@ -42,7 +42,7 @@ class Verifier:
         self.name = name
         self.engine = make_engine(target, drafter, pool, **({"speculation": "static:2"} | limits))
         self.host = EngineHost(self.engine)
-        self.exchange = EngineExchange(self.engine, "tiny", (1, 1), self.host.between_steps)
+        self.exchange = EngineExchange(self.engine, "tiny", self.host.between_steps)
         self.described = {"kv_capacity_tokens": NUM_BLOCKS * 16, "kv_capacity_bytes": NUM_BLOCKS * 16 * 1000}
         self.is_alive = True
         self.host.start()

@@ -20,5 +20,5 @@ def at_once(errand: Callable[[], Any]) -> Future[Any]:
     return done
 
 
-def exchange_of(engine: Engine, identity: str = "tiny", ranks: tuple[int, int] = (1, 1)) -> EngineExchange:
-    return EngineExchange(engine, identity, ranks, at_once)
+def exchange_of(engine: Engine, identity: str = "tiny") -> EngineExchange:
+    return EngineExchange(engine, identity, at_once)

@@ -25,7 +25,7 @@ from dspark.workers.wire.kv_server import KVServer
 from dspark.workers.wire.pair import PairGroup
 from dspark.workers.wire.ports import add_port
 
-LAYOUT = KVLayout("m", 4, 1, 1, (BlockPart("key 0", "float32", (4, 2)), BlockPart("value 0", "bfloat16", (3,))))
+LAYOUT = KVLayout("m", 4, (BlockPart("key 0", "float32", (4, 2)), BlockPart("value 0", "bfloat16", (3,))))
 HASHES = [bytes([i]) * 32 for i in range(6)]
 HOST, TOKEN = "127.0.0.1", "secret"
 

@@ -10,7 +10,6 @@ from helpers.draft_modules import random_module
 from helpers.engines import Spy, assert_same_drafts, greedy, make_engine, run, tiny_target
 from helpers.exchanges import exchange_of
 
-from dspark.errors import ProtocolMismatch
 from dspark.kv_blocks import KVBlocks
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, Request
@@ -109,17 +108,7 @@ def test_what_does_not_fit_is_named(target: Target) -> None:
     engine = engine_of(target)
     mine, drafting = exchange_of(engine).layout, exchange_of(engine_of(target, with_drafter=True)).layout
     assert mine.mismatch(exchange_of(engine, "other").layout) == "identity is 'tiny' here and 'other' there"
-    assert mine.mismatch(exchange_of(engine, ranks=(2, 1)).layout) == "tensor_parallel is 1 here and 2 there"
-    assert mine.mismatch(exchange_of(engine, ranks=(1, 4)).layout) == "expert_parallel is 1 here and 4 there"
     assert "only here none; only there draft key 0 float32" in (mine.mismatch(drafting) or "")
-
-
-def test_kv_of_ranks_is_not_moved(target: Target) -> None:
-    engine = engine_of(target)
-    engine.target = dataclasses.replace(target, ranks=object())  # type: ignore[arg-type]
-    exchange = exchange_of(engine, ranks=(2, 1))
-    with pytest.raises(ProtocolMismatch, match="2 x 1 ranks"):
-        exchange.give([b"x" * 32], 0).result()
 
 
 def test_requests_that_the_cache_cannot_serve_ask_for_nothing(target: Target) -> None:

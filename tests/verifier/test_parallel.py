@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from helpers import families
 from helpers.draft_modules import random_module
 from helpers.drafters import OracleDrafter
 from helpers.engines import FLAT, Result, greedy, make_engine, run, tiny_target
+from helpers.exchanges import exchange_of
 from helpers.ranks import ThreadLauncher, on_ranks
 
 from dspark.config import EngineConfig
@@ -28,8 +30,19 @@ from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.graphs import GraphSizes
 from dspark.workers.verifier.parallel.group import HEAD_WORDS, RankGroup
 from dspark.workers.verifier.parallel.layout import Layout, check_experts, check_heads, part
-from dspark.workers.verifier.parallel.messages import END, Move, Start, decode, encode_move, encode_start, encode_step
+from dspark.workers.verifier.parallel.messages import (
+    END,
+    Blocks,
+    Move,
+    Start,
+    decode,
+    encode_blocks,
+    encode_move,
+    encode_start,
+    encode_step,
+)
 from dspark.workers.verifier.parallel.sharding import ExpertLoad, SplitHead, split_model
+from dspark.workers.verifier.parallel.whole_blocks import cut, joined
 from dspark.workers.verifier.targets import Target, as_target, own_logits, paged_logits
 
 PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(5 + 14 * i)] for i in range(3)}
@@ -115,6 +128,8 @@ def test_announcements_come_out_as_they_went_in() -> None:
     assert got.rows[1].visible is not None
     assert torch.equal(got.rows[1].visible, tree)
     assert decode(encode_move([5, 6], [1, 2])) == Move([5, 6], [1, 2])
+    for is_spread in (False, True):
+        assert decode(encode_blocks(Blocks([4, 0, 7], is_spread))) == Blocks([4, 0, 7], is_spread)
     for graphs in (None, GraphSizes((1, 2, 8), 4, 128, 6, with_trees=True)):
         assert decode(encode_start(graphs)) == Start(graphs)
     assert decode(END) is None
@@ -227,6 +242,39 @@ def test_logits_are_those_of_one_rank(both: tuple[Target, Target]) -> None:
     for (token, value), (expected_token, expected_value) in zip(logprobs(out), logprobs(expected), strict=True):
         assert token == expected_token
         assert value == pytest.approx(expected_value, abs=1e-4)
+
+
+@pytest.mark.parametrize("giver_is_whole", [True, False], ids=["to ranks", "from ranks"])
+def test_kv_moves_between_one_rank_and_several(both: tuple[Target, Target], giver_is_whole: bool) -> None:
+    """With the drafter's context, and in the middle of an answer; what was moved is not computed again."""
+    prompt, request = PROMPTS["r2"], greedy("r", PROMPTS["r2"], 40)
+    expected = run(engine_on(both[0], "grafted", speculation="static:3"), [request])["r"].tokens
+    giver, taker = (engine_on(target, "grafted", speculation="static:3") for target in (both if giver_is_whole else both[::-1]))
+    give, take = exchange_of(giver), exchange_of(taker)
+    assert take.layout.mismatch(give.layout) is None
+    giver.add(request)
+    done: list[int] = []
+    while len(done) < 20:
+        done += [token for outcome in giver.step() for token in outcome.tokens]
+    again = dataclasses.replace(request, prompt_token_ids=(*prompt, *done), num_prompt_tokens=len(prompt))
+    hashes = take.prefix(again)
+    assert take.take(hashes, give.give(hashes, 0).result()).result() == (len(prompt) + len(done) - 1) // 16
+    rest = run(taker, [again])["r"]
+    assert done + rest.tokens == expected
+    assert rest.outcomes[0].num_cached_tokens == len(prompt)
+    assert taker.counters.step_tokens < 16 + 5 * len(rest.outcomes)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_blocks_are_cut_and_joined(heads: int) -> None:
+    whole = torch.randn(3, 2, heads, 5)
+    layout = Layout(0, 2, 2)
+    share = max(1, heads // 4)
+    shares = cut(whole, layout, share)
+    assert [one.shape for one in shares] == [(3, 2, share, 5)] * 4
+    torch.testing.assert_close(joined(shares, layout, heads), whole)
+    assert all(torch.equal(one, whole) for one in cut(whole, layout, heads)), "attention that is not split"
+    assert joined([whole] * 4, layout, heads) is whole
 
 
 def test_padding_is_no_load() -> None:

@@ -98,7 +98,7 @@ class End:
     def __init__(self) -> None:
         self.engine = make_engine(tiny_target(), speculation="off", max_batch_tokens=256)
         self.host = EngineHost(self.engine)
-        self.exchange = EngineExchange(self.engine, "tiny", (1, 1), self.host.between_steps)
+        self.exchange = EngineExchange(self.engine, "tiny", self.host.between_steps)
         self.host.start()
 
     @asynccontextmanager
@@ -245,7 +245,7 @@ def test_a_taker_that_is_lost_in_the_middle_leaves_nothing(fault: str, left: lis
     monkeypatch.setattr(kv_giver, "TRANSFER_S", 1.0 if fault == "hang" else 30.0)
     giver = Shelf(6)
     giver.parts = {"key 0": torch.rand(6, 1 << 18, 2), "value 0": giver.parts["value 0"]}  # more than sockets hold
-    giver.layout = KVLayout("m", 4, 1, 1, (type(LAYOUT.parts[0])("key 0", "float32", (1 << 18, 2)), LAYOUT.parts[1]))
+    giver.layout = KVLayout("m", 4, (type(LAYOUT.parts[0])("key 0", "float32", (1 << 18, 2)), LAYOUT.parts[1]))
     monkeypatch.setattr(kv_ends, "LAYOUT", giver.layout)
 
     async def test() -> None:

@@ -35,7 +35,7 @@ from dspark.workers.wire.server import WireServer
 
 PROMPT = [3 + (7 * j) % 150 for j in range(130)]
 REQUEST = greedy("r", PROMPT, 20)
-LAYOUT = KVLayout("m", 4, 1, 1, (BlockPart("key 0", "float32", (4, 2)), BlockPart("value 0", "bfloat16", (3,))))
+LAYOUT = KVLayout("m", 4, (BlockPart("key 0", "float32", (4, 2)), BlockPart("value 0", "bfloat16", (3,))))
 
 
 class End:
@@ -44,7 +44,7 @@ class End:
     def __init__(self, identity: str = "tiny") -> None:
         self.engine = make_engine(tiny_target(), speculation="off", max_batch_tokens=256)
         self.host = EngineHost(self.engine)
-        self.exchange = EngineExchange(self.engine, identity, (1, 1), self.host.between_steps)
+        self.exchange = EngineExchange(self.engine, identity, self.host.between_steps)
         self.host.start()
 
     @asynccontextmanager

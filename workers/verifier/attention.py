@@ -60,6 +60,11 @@ class KVStore:
         self.keys = {i: like.new_zeros(slots, s.kv_heads, s.key_dim) for i, s in layers.items() if s.source == i}
         self.values = {i: like.new_zeros(slots, s.kv_heads, s.value_dim) for i, s in layers.items() if s.source == i}
 
+    def by_block(self) -> dict[str, Tensor]:
+        """The pools by name, as views [num_blocks, block_size, kv_heads, head_dim]."""
+        named = {f"key {i}": pool for i, pool in self.keys.items()} | {f"value {i}": pool for i, pool in self.values.items()}
+        return {name: pool.view(-1, self.block_size, *pool.shape[1:]) for name, pool in named.items()}
+
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy what the slots ``sources`` [n] int64 hold to the slots ``targets`` [n], in every pool; the two may overlap."""
         for pool in (*self.keys.values(), *self.values.values()):

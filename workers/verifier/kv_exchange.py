@@ -1,4 +1,7 @@
-"""Blocks out of an engine's prefix cache and into it: the target's KV and the drafter's context, which live under the same ids."""
+"""Blocks out of an engine's prefix cache and into it: the target's KV and the drafter's context, which live under the same ids.
+
+What a parallel verifier gives and takes is what one rank would: the other end may have another number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dspark.errors import ProtocolMismatch
 from dspark.kv_blocks import BlockPart, KeepsBlocks, KVBlocks, KVLayout, TransferStats
 from dspark.types import Request
 from dspark.workers.blocks import BlockPool, extend_hashes
 from dspark.workers.verifier.attention import KVStore
 from dspark.workers.verifier.engine import Engine
+from dspark.workers.verifier.parallel.leader import Ranks
 
 TAKING: Final = "\0taking"  # the name of the table that holds blocks while they are filled
 
@@ -39,17 +42,21 @@ class TransferCounters:
 class BlockPools:
     """Every pool that a block id addresses. Not thread-safe: for the engine's thread."""
 
-    def __init__(self, pool: BlockPool, store: KVStore, drafter: object) -> None:
+    def __init__(self, pool: BlockPool, store: KVStore, drafter: object, ranks: Ranks | None) -> None:
         self._pool = pool
-        self._tensors: dict[str, Tensor] = {f"key {layer}": by_block(tensor, pool) for layer, tensor in store.keys.items()}
-        self._tensors |= {f"value {layer}": by_block(tensor, pool) for layer, tensor in store.values.items()}
+        self._store = store
+        self._ranks = ranks
+        self._tensors: dict[str, Tensor] = {} if ranks is not None else store.by_block()  # those that are whole here
         if isinstance(drafter, KeepsBlocks):
             self._tensors |= {f"draft {name}": tensor for name, tensor in drafter.block_pools().items()}
 
     @property
     def parts(self) -> tuple[BlockPart, ...]:
         """What a block consists of, by name."""
-        return tuple(BlockPart(name, str(t.dtype).removeprefix("torch."), tuple(t.shape[1:])) for name, t in sorted(self._tensors.items()))
+        found = [_part(name, tensor, tensor.shape[1:]) for name, tensor in self._tensors.items()]
+        if self._ranks is not None:
+            found += [_part(name, pool, self._ranks.whole_shape(name, pool.shape[1:])) for name, pool in self._store.by_block().items()]
+        return tuple(sorted(found, key=lambda part: part.name))
 
     @torch.inference_mode()
     def give(self, hashes: Sequence[bytes], first: int, on_device: bool = False) -> KVBlocks:
@@ -59,6 +66,8 @@ class BlockPools:
         if blocks:
             index = torch.tensor(blocks, dtype=torch.int64)
             parts = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self._tensors.items()}
+            if self._ranks is not None:
+                parts |= self._ranks.collect(self._store, blocks)
             if not on_device:
                 parts = {name: part.cpu() for name, part in parts.items()}
             elif (part := next(iter(parts.values()))).is_cuda:
@@ -81,6 +90,9 @@ class BlockPools:
                     part.record_stream(
                         torch.cuda.current_stream(part.device)
                     )  # it was made on another: its memory is in use until this one is done
+            if self._ranks is not None:
+                whole = {name: blocks.parts[name][held - blocks.first :] for name in self._store.by_block()}
+                self._ranks.spread(self._store, new.tolist(), whole)
             for index in range(held, end):
                 pool.register(TAKING, index, hashes[index])
             return end - held
@@ -88,22 +100,16 @@ class BlockPools:
             pool.release(TAKING)
 
 
-def by_block(rows: Tensor, pool: BlockPool) -> Tensor:
-    """A pool [num_blocks * block_size, ...] as [num_blocks, block_size, ...], the same memory."""
-    return rows.view(pool.num_blocks, pool.block_size, *rows.shape[1:])
+def _part(name: str, pool: Tensor, shape: Sequence[int]) -> BlockPart:
+    return BlockPart(name, str(pool.dtype).removeprefix("torch."), tuple(shape))
 
 
 class EngineExchange:
-    """A ``KVExchange`` around an engine. ``identity`` names the weights of target and drafter, ``ranks`` is tensor x expert parallel.
+    """A ``KVExchange`` around an engine. ``identity`` names the weights of target and drafter. Nothing is held between two calls."""
 
-    KV that is spread over ranks is not moved. Nothing is held between two calls.
-    """
-
-    def __init__(self, engine: Engine, identity: str, ranks: tuple[int, int], on_engine: OnEngine) -> None:
-        is_whole = engine.target.ranks is None
-        self._pools = BlockPools(engine.pool, engine.runner.store, engine.drafter) if is_whole else None
-        parts = () if self._pools is None else self._pools.parts
-        self.layout = KVLayout(identity, engine.pool.block_size, *ranks, parts)
+    def __init__(self, engine: Engine, identity: str, on_engine: OnEngine) -> None:
+        self._pools = BlockPools(engine.pool, engine.runner.store, engine.drafter, engine.target.ranks)
+        self.layout = KVLayout(identity, engine.pool.block_size, self._pools.parts)
         self.device = str(engine.target.device)
         self.counters = TransferCounters()
         self._pool = engine.pool
@@ -153,18 +159,12 @@ class EngineExchange:
         }
 
     def _give(self, hashes: Sequence[bytes], first: int, on_device: bool) -> KVBlocks:
-        if self._pools is None:
-            raise ProtocolMismatch(
-                f"KV that is spread over {self.layout.tensor_parallel} x {self.layout.expert_parallel} ranks is not moved"
-            )
         blocks = self._pools.give(hashes, first, on_device)
         self.counters.given_blocks += blocks.count
         self.counters.given_bytes += blocks.num_bytes
         return blocks
 
     def _take(self, hashes: Sequence[bytes], blocks: KVBlocks) -> int:
-        if self._pools is None:
-            return 0
         count = self._pools.take(hashes, blocks)
         self.counters.taken_blocks += count
         return count

@@ -28,13 +28,7 @@ MAX_PADDING_BYTES: Final = 16 * MAX_PARTS
 def layout_to_wire(layout: KVLayout) -> pb.Layout:
     """The message of a layout."""
     parts = [pb.Part(name=part.name, dtype=part.dtype, shape=part.shape) for part in layout.parts]
-    return pb.Layout(
-        identity=layout.identity,
-        block_size=layout.block_size,
-        tensor_parallel=layout.tensor_parallel,
-        expert_parallel=layout.expert_parallel,
-        parts=parts,
-    )
+    return pb.Layout(identity=layout.identity, block_size=layout.block_size, parts=parts)
 
 
 def layout_from_wire(message: pb.Layout) -> KVLayout:
@@ -45,7 +39,7 @@ def layout_from_wire(message: pb.Layout) -> KVLayout:
         if len(part.name) > MAX_NAME_CHARS or part.dtype not in DTYPES or len(part.shape) > MAX_DIMENSIONS:
             raise WireError("a part of a layout is malformed")
     parts = tuple(BlockPart(part.name, part.dtype, tuple(part.shape)) for part in message.parts)
-    return KVLayout(message.identity, message.block_size, message.tensor_parallel, message.expert_parallel, parts)
+    return KVLayout(message.identity, message.block_size, parts)
 
 
 def hashes_from_wire(hashes: Sequence[bytes]) -> list[bytes]:

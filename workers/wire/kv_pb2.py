@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from dspark.workers.wire import drafting_pb2 as dspark_dot_workers_dot_wire_dot_drafting__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64spark/workers/wire/kv.proto\x12\x0c\x64spark.kv.v1\x1a\"dspark/workers/wire/drafting.proto\"_\n\x06Wanted\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.dspark.kv.v1.Layout\x12\x0e\n\x06hashes\x18\x03 \x03(\x0c\x12\r\n\x05\x66irst\x18\x04 \x01(\r\"\x83\x01\n\x06Layout\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x03 \x01(\r\x12\x17\n\x0f\x65xpert_parallel\x18\x04 \x01(\r\x12!\n\x05parts\x18\x05 \x03(\x0b\x32\x12.dspark.kv.v1.Part\"2\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\"R\n\x05\x43hunk\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12+\n\x07tensors\x18\x03 \x03(\x0b\x32\x1a.dspark.drafting.v1.Tensor\"\x7f\n\tFromTaker\x12\"\n\x04meet\x18\x01 \x01(\x0b\x32\x12.dspark.kv.v1.MeetH\x00\x12&\n\x06prefix\x18\x02 \x01(\x0b\x32\x14.dspark.kv.v1.PrefixH\x00\x12\x1e\n\x02go\x18\x03 \x01(\x0b\x32\x10.dspark.kv.v1.GoH\x00\x42\x06\n\x04kind\"Y\n\tFromGiver\x12 \n\x03met\x18\x01 \x01(\x0b\x32\x11.dspark.kv.v1.MetH\x00\x12\"\n\x04head\x18\x02 \x01(\x0b\x32\x12.dspark.kv.v1.HeadH\x00\x42\x06\n\x04kind\"^\n\x04Meet\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.dspark.kv.v1.Layout\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\r\n\x05store\x18\x04 \x01(\t\"\x05\n\x03Met\"\'\n\x06Prefix\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\"O\n\x04Head\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12)\n\x07tensors\x18\x03 \x03(\x0b\x32\x18.dspark.kv.v1.TensorHead\"L\n\nTensorHead\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x04\"\x04\n\x02Go2~\n\x08KVBlocks\x12\x34\n\x05\x46\x65tch\x12\x14.dspark.kv.v1.Wanted\x1a\x13.dspark.kv.v1.Chunk0\x01\x12<\n\x04Pair\x12\x17.dspark.kv.v1.FromTaker\x1a\x17.dspark.kv.v1.FromGiver(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64spark/workers/wire/kv.proto\x12\x0c\x64spark.kv.v1\x1a\"dspark/workers/wire/drafting.proto\"_\n\x06Wanted\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.dspark.kv.v1.Layout\x12\x0e\n\x06hashes\x18\x03 \x03(\x0c\x12\r\n\x05\x66irst\x18\x04 \x01(\r\"]\n\x06Layout\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12!\n\x05parts\x18\x05 \x03(\x0b\x32\x12.dspark.kv.v1.PartJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05\"2\n\x04Part\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\"R\n\x05\x43hunk\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12+\n\x07tensors\x18\x03 \x03(\x0b\x32\x1a.dspark.drafting.v1.Tensor\"\x7f\n\tFromTaker\x12\"\n\x04meet\x18\x01 \x01(\x0b\x32\x12.dspark.kv.v1.MeetH\x00\x12&\n\x06prefix\x18\x02 \x01(\x0b\x32\x14.dspark.kv.v1.PrefixH\x00\x12\x1e\n\x02go\x18\x03 \x01(\x0b\x32\x10.dspark.kv.v1.GoH\x00\x42\x06\n\x04kind\"Y\n\tFromGiver\x12 \n\x03met\x18\x01 \x01(\x0b\x32\x11.dspark.kv.v1.MetH\x00\x12\"\n\x04head\x18\x02 \x01(\x0b\x32\x12.dspark.kv.v1.HeadH\x00\x42\x06\n\x04kind\"^\n\x04Meet\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.dspark.kv.v1.Layout\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\r\n\x05store\x18\x04 \x01(\t\"\x05\n\x03Met\"\'\n\x06Prefix\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\"O\n\x04Head\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12)\n\x07tensors\x18\x03 \x03(\x0b\x32\x18.dspark.kv.v1.TensorHead\"L\n\nTensorHead\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x04\"\x04\n\x02Go2~\n\x08KVBlocks\x12\x34\n\x05\x46\x65tch\x12\x14.dspark.kv.v1.Wanted\x1a\x13.dspark.kv.v1.Chunk0\x01\x12<\n\x04Pair\x12\x17.dspark.kv.v1.FromTaker\x1a\x17.dspark.kv.v1.FromGiver(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,28 +34,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WANTED']._serialized_start=82
   _globals['_WANTED']._serialized_end=177
-  _globals['_LAYOUT']._serialized_start=180
-  _globals['_LAYOUT']._serialized_end=311
-  _globals['_PART']._serialized_start=313
-  _globals['_PART']._serialized_end=363
-  _globals['_CHUNK']._serialized_start=365
-  _globals['_CHUNK']._serialized_end=447
-  _globals['_FROMTAKER']._serialized_start=449
-  _globals['_FROMTAKER']._serialized_end=576
-  _globals['_FROMGIVER']._serialized_start=578
-  _globals['_FROMGIVER']._serialized_end=667
-  _globals['_MEET']._serialized_start=669
-  _globals['_MEET']._serialized_end=763
-  _globals['_MET']._serialized_start=765
-  _globals['_MET']._serialized_end=770
-  _globals['_PREFIX']._serialized_start=772
-  _globals['_PREFIX']._serialized_end=811
-  _globals['_HEAD']._serialized_start=813
-  _globals['_HEAD']._serialized_end=892
-  _globals['_TENSORHEAD']._serialized_start=894
-  _globals['_TENSORHEAD']._serialized_end=970
-  _globals['_GO']._serialized_start=972
-  _globals['_GO']._serialized_end=976
-  _globals['_KVBLOCKS']._serialized_start=978
-  _globals['_KVBLOCKS']._serialized_end=1104
+  _globals['_LAYOUT']._serialized_start=179
+  _globals['_LAYOUT']._serialized_end=272
+  _globals['_PART']._serialized_start=274
+  _globals['_PART']._serialized_end=324
+  _globals['_CHUNK']._serialized_start=326
+  _globals['_CHUNK']._serialized_end=408
+  _globals['_FROMTAKER']._serialized_start=410
+  _globals['_FROMTAKER']._serialized_end=537
+  _globals['_FROMGIVER']._serialized_start=539
+  _globals['_FROMGIVER']._serialized_end=628
+  _globals['_MEET']._serialized_start=630
+  _globals['_MEET']._serialized_end=724
+  _globals['_MET']._serialized_start=726
+  _globals['_MET']._serialized_end=731
+  _globals['_PREFIX']._serialized_start=733
+  _globals['_PREFIX']._serialized_end=772
+  _globals['_HEAD']._serialized_start=774
+  _globals['_HEAD']._serialized_end=853
+  _globals['_TENSORHEAD']._serialized_start=855
+  _globals['_TENSORHEAD']._serialized_end=931
+  _globals['_GO']._serialized_start=933
+  _globals['_GO']._serialized_end=937
+  _globals['_KVBLOCKS']._serialized_start=939
+  _globals['_KVBLOCKS']._serialized_end=1065
 # @@protoc_insertion_point(module_scope)

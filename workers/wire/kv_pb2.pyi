@@ -20,18 +20,14 @@ class Wanted(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., hashes: _Optional[_Iterable[bytes]] = ..., first: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("identity", "block_size", "tensor_parallel", "expert_parallel", "parts")
+    __slots__ = ("identity", "block_size", "parts")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
-    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
-    EXPERT_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     identity: str
     block_size: int
-    tensor_parallel: int
-    expert_parallel: int
     parts: _containers.RepeatedCompositeFieldContainer[Part]
-    def __init__(self, identity: _Optional[str] = ..., block_size: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., expert_parallel: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
+    def __init__(self, identity: _Optional[str] = ..., block_size: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
 
 class Part(_message.Message):
     __slots__ = ("name", "dtype", "shape")

@@ -13,8 +13,9 @@ from dspark.workers.verifier.forward import Forward
 from dspark.workers.verifier.graphs import GraphForward
 from dspark.workers.verifier.parallel.group import RankGroup
 from dspark.workers.verifier.parallel.loading import agree_on_kv, load_share, reach_store
-from dspark.workers.verifier.parallel.messages import Move, Start, decode
+from dspark.workers.verifier.parallel.messages import Blocks, Move, Start, decode
 from dspark.workers.verifier.parallel.spec import RankSpec
+from dspark.workers.verifier.parallel.whole_blocks import collect, spread
 from dspark.workers.verifier.targets import Target
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def follow(spec: RankSpec, own_host: str) -> None:
     use_device(device)
     store = reach_store(spec)
     group = RankGroup(spec.layout, store, own_host, device)
-    target, _ = load_share(spec, group, store)
+    target = load_share(spec, group, store).target
     num_blocks = agree_on_kv(spec, group, target) // BLOCK_SIZE
     obey(group, target, num_blocks)
 
@@ -43,8 +44,12 @@ def obey(group: RankGroup, target: Target, num_blocks: int) -> None:
         assert forward is not None, "a leader announces a start before anything else"
         if isinstance(announced, Move):
             forward.move(announced.sources, announced.targets)
-        else:
+        elif not isinstance(announced, Blocks):
             forward.run(announced)
+        elif announced.is_spread:
+            spread(group, forward.store, announced.ids, {})
+        else:
+            collect(group, forward.store, announced.ids, {})
 
 
 def start(target: Target, num_blocks: int, announced: Start) -> Forward:

@@ -51,15 +51,28 @@ class RankGroup:
         layout = self.layout
         widest = -(-width // layout.size)
         padded = torch.nn.functional.pad(x, (0, widest - x.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(layout.size)] if layout.is_leader else []
-        options = _inline(dist.GatherOptions())
-        options.rootRank = 0
-        with self._guard():
-            _finish(self._tensors.gather([parts] if parts else [], [padded], options))
+        parts = self.gather(padded)
         if not parts:
             return x
         shares = [Layout(rank, layout.tensor, layout.expert).share(width) for rank in range(layout.size)]
         return torch.cat([part[..., : len(share)] for part, share in zip(parts, shares, strict=True)], dim=-1)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """On the leader the tensors of all ranks, all of one shape, in order; elsewhere nothing."""
+        parts = [torch.empty_like(x) for _ in range(self.layout.size)] if self.layout.is_leader else []
+        options = _inline(dist.GatherOptions())
+        options.rootRank = 0
+        with self._guard():
+            _finish(self._tensors.gather([parts] if parts else [], [x], options))
+        return parts
+
+    def scatter(self, parts: list[Tensor], own: Tensor) -> Tensor:
+        """The leader's i-th part on rank i, written into ``own`` of the same shape; elsewhere ``parts`` is empty."""
+        options = _inline(dist.ScatterOptions())
+        options.rootRank = 0
+        with self._guard():
+            _finish(self._tensors.scatter([own], [parts] if parts else [], options))
+        return own
 
     def minimum(self, value: int) -> int:
         """The smallest of all ranks' values."""

@@ -5,23 +5,26 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dspark.errors import ConfigError, DSparkError, WorkerLost
 from dspark.workers.blocks import BLOCK_SIZE
+from dspark.workers.verifier.attention import KVStore
 from dspark.workers.verifier.forward import StepInput
 from dspark.workers.verifier.graphs import GraphSizes
 from dspark.workers.verifier.parallel.group import RankGroup
 from dspark.workers.verifier.parallel.layout import Layout
 from dspark.workers.verifier.parallel.loading import agree_on_kv, here_key, load_share, open_store
-from dspark.workers.verifier.parallel.messages import END, encode_move, encode_start, encode_step
+from dspark.workers.verifier.parallel.messages import END, Blocks, encode_blocks, encode_move, encode_start, encode_step
 from dspark.workers.verifier.parallel.sharding import ExpertLoad
 from dspark.workers.verifier.parallel.spec import RankSpec
+from dspark.workers.verifier.parallel.whole_blocks import collect, spread
 from dspark.workers.verifier.targets import Target
 
 POLL_S = 0.1
@@ -74,6 +77,7 @@ class Ranks:
         self._stall_s = stall_s
         self._loss: Loss | None = None
         self._load: ExpertLoad | None = None
+        self._heads: dict[str, int] = {}  # of the whole model, by pool
         self._busy_since: float | None = None
         self._done: torch.cuda.Event | None = None  # of the last forward, on a GPU
         self._is_closing = threading.Event()
@@ -107,7 +111,8 @@ class Ranks:
 
     def load_target(self) -> Target:
         """The leader's share of the target; the others load theirs meanwhile."""
-        target, self._load = load_share(self._spec, self._group, self._store)
+        target, self._load, whole = load_share(self._spec, self._group, self._store)
+        self._heads = {f"{kind} {layer}": shape.kv_heads for layer, shape in whole.items() for kind in ("key", "value")}
         target.ranks = self
         return target
 
@@ -127,10 +132,31 @@ class Ranks:
     @contextmanager
     def step(self, inputs: StepInput) -> Iterator[None]:
         """Announce a forward; the leader runs its own inside."""
-        self._done, self._busy_since = None, time.monotonic()
         if self._load is not None:
             self._load.num_real = len(inputs.ids)
-        self._group.send(encode_step(inputs, BLOCK_SIZE))
+        with self._announced(encode_step(inputs, BLOCK_SIZE)):
+            yield
+
+    def whole_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape [block_size, heads, dim] that a block of a pool has in one rank, from that of this rank's share."""
+        block_size, _, dim = shape
+        return block_size, self._heads[name], dim
+
+    def collect(self, store: KVStore, blocks: Sequence[int]) -> dict[str, Tensor]:
+        """The KV of blocks as one rank would hold it: [n, block_size, heads, dim] by pool."""
+        with self._announced(encode_blocks(Blocks(list(blocks), is_spread=False))):
+            return collect(self._group, store, blocks, self._heads)
+
+    def spread(self, store: KVStore, blocks: Sequence[int], whole: Mapping[str, Tensor]) -> None:
+        """Write such KV into the blocks of all ranks."""
+        with self._announced(encode_blocks(Blocks(list(blocks), is_spread=True))):
+            spread(self._group, store, blocks, whole)
+
+    @contextmanager
+    def _announced(self, words: Tensor) -> Iterator[None]:
+        """What all ranks do at the same time; it is a stall if it does not end."""
+        self._done, self._busy_since = None, time.monotonic()
+        self._group.send(words)
         yield
         if self._spec.device.startswith("cuda"):
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
+from dspark.workers.verifier.attention import LayerShape
 from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.memory import kv_capacity
 from dspark.workers.verifier.parallel.group import RankGroup
@@ -24,6 +26,7 @@ from dspark.workers.verifier.targets import (
     load_model,
     own_logits,
     paged_logits,
+    probe_layers,
 )
 
 JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to start and import torch
@@ -59,14 +62,22 @@ def here_key(rank: int) -> str:
     return f"here/{rank}"
 
 
-def load_share(spec: RankSpec, group: RankGroup, store: Store) -> tuple[Target, ExpertLoad | None]:
-    """This rank's share of the target, checked against the whole model by the leader. ConfigError as ``load_model``."""
+class Share(NamedTuple):
+    """This rank's share of the target, the count of its experts' tokens, and on the leader the layers of the whole model."""
+
+    target: Target
+    load: ExpertLoad | None
+    whole: dict[int, LayerShape]
+
+
+def load_share(spec: RankSpec, group: RankGroup, store: Store) -> Share:
+    """Load the model and keep this rank's share, checked against the whole model by the leader. ConfigError as ``load_model``."""
     device = torch.device(spec.device)
     if spec.rank >= spec.loads_at_once:
         store.wait([f"loaded/{spec.rank - spec.loads_at_once}"], LOAD_TIMEOUT)
     model = load_model(spec.model, getattr(torch, spec.dtype), torch.device("cpu"), spec.revision)
     num_parameters = sum(p.numel() for p in model.parameters())
-    expected = own_logits(model) if group.layout.is_leader else None
+    whole, expected = (probe_layers(model), own_logits(model)) if group.layout.is_leader else ({}, None)
     load = split_model(model, group)
     model.to(device)  # type: ignore[arg-type]  # the stub binds the wrapped method wrongly
     store.set(f"loaded/{spec.rank}", "")
@@ -77,7 +88,7 @@ def load_share(spec: RankSpec, group: RankGroup, store: Store) -> tuple[Target, 
         paged_logits(target)
     else:
         check_faithful(target, expected.to(device))
-    return target, load
+    return Share(target, load, whole)
 
 
 def agree_on_kv(spec: RankSpec, group: RankGroup, target: Target) -> int:

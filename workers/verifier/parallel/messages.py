@@ -5,6 +5,7 @@
     a forward   1, T, padding, R, L, ids [T], positions [T], slots [T], wanted [L], then for each of R rows:
                 start, length, context, table length, tree flag, table [...], and with the flag the bits of ``visible`` [length, length]
     a move      2, n, source slots [n], target slots [n]
+    blocks      4 to be collected on the leader, 5 to be spread from there: 4 or 5, n, block ids [n]
     a start     3, then for graphs: max_rows, max_blocks, longest, tree flag, G, sizes [G]
     the end     nothing
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from dspark.kernels.paged_attention import AttentionRow
 from dspark.workers.verifier.forward import StepInput
 from dspark.workers.verifier.graphs import GraphSizes
 
-STEP, MOVE, START = 1, 2, 3
+STEP, MOVE, START, COLLECT, SPREAD = 1, 2, 3, 4, 5
 END = torch.empty(0, dtype=torch.int32)
 
 
@@ -39,10 +40,26 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """Blocks whose KV goes to the leader, or comes from it (``is_spread``)."""
+
+    ids: list[int]
+    is_spread: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """An empty KV pool, and graphs of these sizes to be captured (None: there are none)."""
 
     graphs: GraphSizes | None
+
+
+Announced: TypeAlias = StepInput | Move | Blocks | Start
+
+
+def encode_blocks(blocks: Blocks) -> Tensor:
+    """The announcement that KV of blocks is collected or spread."""
+    return torch.tensor([SPREAD if blocks.is_spread else COLLECT, len(blocks.ids), *blocks.ids], dtype=torch.int32)
 
 
 def encode_start(graphs: GraphSizes | None) -> Tensor:
@@ -70,13 +87,13 @@ def encode_move(sources: list[int], targets: list[int]) -> Tensor:
     return torch.tensor([MOVE, len(sources), *sources, *targets], dtype=torch.int32)
 
 
-def decode(words: Tensor) -> StepInput | Move | Start | None:
+def decode(words: Tensor) -> Announced | None:
     """What was announced; None at the end."""
     reader = _Reader(words.tolist())
     if not reader.words:
         return None
     (kind,) = reader.take(1)
-    found: StepInput | Move | Start = _READERS[kind](reader)
+    found = _READERS[kind](reader)
     assert reader.at == len(reader.words), "an announcement has the length that it says"
     return found
 
@@ -116,7 +133,13 @@ def _read_row(reader: _Reader) -> AttentionRow:
     return AttentionRow(start, length, context, table, visible)
 
 
-_READERS: Final[Mapping[int, Callable[[_Reader], StepInput | Move | Start]]] = {STEP: _read_step, MOVE: _read_move, START: _read_start}
+_READERS: Final[Mapping[int, Callable[[_Reader], Announced]]] = {
+    STEP: _read_step,
+    MOVE: _read_move,
+    START: _read_start,
+    COLLECT: lambda reader: Blocks(reader.take(*reader.take(1)), is_spread=False),
+    SPREAD: lambda reader: Blocks(reader.take(*reader.take(1)), is_spread=True),
+}
 
 
 def _num_words(length: int) -> int:

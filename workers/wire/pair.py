@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 from dspark.errors import WorkerLost
-from dspark.kernels.device import use_device
 from dspark.workers.wire.codec import WireError
 from dspark.workers.wire.tensors import DTYPES, dtype_name, is_finite
 
@@ -81,7 +80,7 @@ class PairGroup:
         self._timeout_s = timeout_s
         self._is_closed = False
         self._store = store  # NCCL asks it again when it makes its communicator
-        use_device(self._device)
+        self._choose_device()
         try:
             self._group = _gloo(store, rank, own_host) if device.type == "cpu" else _nccl(store, rank)
         except RuntimeError as error:
@@ -112,10 +111,15 @@ class PairGroup:
             verb = self._group.send if sender == rank else self._group.recv
             self._run(lambda verb=verb: verb([word], self._peer, 0), MEET_S)  # type: ignore[misc]
 
+    def _choose_device(self) -> None:
+        """For this thread: without it, each would also open the first GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _run(self, begin: Callable[[], Any], timeout_s: float) -> None:
         if self._is_closed:
             raise WorkerLost("the pair was closed")
-        use_device(self._device)
+        self._choose_device()
         try:
             work = begin()
             if self._device.type == "cpu":

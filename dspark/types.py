@@ -130,7 +130,7 @@ class DraftTurn:
     of a prefill chunk carries none if none became known). ``features`` are the projected context features
     [num_features, d] of positions ``feature_start ..`` that got KV in this step (None when the drafter has no taps).
     ``max_draft`` is how many tokens deep the verifier may verify next; 0 means feed only, draft nothing. With
-    ``max_nodes`` over 0 the draft may be a tree of that many nodes.
+    ``max_nodes`` over 0 the draft may be a tree of that many nodes. ``num_computed`` positions have KV for good.
     """
 
     request_id: str
@@ -143,6 +143,7 @@ class DraftTurn:
     noise_seed: int
     max_nodes: int = 0
     cache_salt: str = ""  # requests with different salts share no context
+    num_computed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

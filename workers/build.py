@@ -187,13 +187,13 @@ def assemble(
     return Loaded(engine, tokenizer, Path(target.name).name, effective, _describe(engine, effective))
 
 
-def _uses_graphs(config: EngineConfig, target: Target) -> bool:
+def uses_graphs(config: EngineConfig, target: Target) -> bool:
     """Whether steps run from CUDA graphs."""
     return target.device.type == "cuda" and (target.ranks is None or target.ranks.can_replay) and config.graph_tokens > 0
 
 
 def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter, progress: Progress) -> GraphOptions | None:
-    if not _uses_graphs(config, target):
+    if not uses_graphs(config, target):
         return None
     return GraphOptions(
         capture=CudaGraphs(progress),
@@ -315,7 +315,7 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool, module: DSpa
     name = resolve_drafter(config)
     if module is None:
         return (NoDrafter(), "none") if name == "none" else (NgramDrafter(), "ngram")
-    if isinstance(module, DSparkModule) and _uses_graphs(config, target):
+    if isinstance(module, DSparkModule) and uses_graphs(config, target):
         longest = _max_model_len(config, target, pool.num_blocks * pool.block_size)
         return GraphDrafter(module, pool, config.draft_law_width, config.max_num_seqs, longest), name
     return graft(module, pool, config.draft_law_width), name
@@ -327,7 +327,7 @@ def _module(config: EngineConfig, target: Target) -> DSparkModule | Eagle3Module
     if name in ("none", "ngram"):
         return None
     module = load_drafter(Path(name), target_head(target), target.dtype, target.device)
-    if isinstance(module, DSparkModule) and _uses_graphs(config, target):
+    if isinstance(module, DSparkModule) and uses_graphs(config, target):
         fuse_layers(module)
     return module
 

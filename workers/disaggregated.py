@@ -17,6 +17,7 @@ from dspark.errors import ConfigError
 from dspark.kernels.device import use_device
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, DraftTurn
+from dspark.workers import build
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.build import Loaded, Progress, load_engine, resolve_device, resolve_drafter, resolve_dtype, target_head
 from dspark.workers.drafter import checkpoint
@@ -130,7 +131,8 @@ def _remote_drafter(folder: Path, config: EngineConfig, target: Target, pool: Bl
         fallback = NgramDrafter()
     elif remote.fallback == "grafted":
         fallback = graft(load_drafter(folder, head, target.dtype, target.device), pool, config.draft_law_width)
-    return RemoteDrafter(projection, pool, links, remote.assign, fallback)
+    feeds = fallback is None and build.uses_graphs(config, target)
+    return RemoteDrafter(projection, pool, links, remote.assign, fallback, feeds)
 
 
 def _layout(folder: Path, head: TargetHead, projection: FeatureProjection) -> DraftLayout:

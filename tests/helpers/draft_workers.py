@@ -77,9 +77,10 @@ class Workers:
         return links
 
     def engine(self, target: Target, num_blocks: int = 128, wait_s: float = 5.0, **options: Any) -> Engine:
-        """An engine that drafts with the workers, waiting for them however busy the machine is."""
+        """An engine that drafts with the workers, waiting for them however busy the machine is; from graphs it feeds them itself."""
         pool = BlockPool(num_blocks)
-        engine = make_engine(target, RemoteDrafter(self.module, pool, self.connect(), assign_by_load), pool, **options)
+        drafter = RemoteDrafter(self.module, pool, self.connect(), assign_by_load, feeds=options.get("graphs") is not None)
+        engine = make_engine(target, drafter, pool, **options)
         engine.options = dataclasses.replace(engine.options, draft_wait_s=wait_s)
         return engine
 

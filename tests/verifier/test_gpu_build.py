@@ -46,7 +46,7 @@ def test_the_same_text_as_on_a_cpu(folders: tuple[str, str], speculation: str, m
     drafter = "none" if speculation == "off" else folders[1]
     with LLM(**settings(folders, drafter="none", speculation="off", profile=False)) as llm:
         wanted = [[out.token_ids for out in llm.generate(PROMPTS, sampling)] for sampling in SAMPLINGS]
-    monkeypatch.setattr(build, "_uses_graphs", lambda config, target: True)
+    monkeypatch.setattr(build, "uses_graphs", lambda config, target: True)
     monkeypatch.setattr(build, "CudaGraphs", lambda warn: plain_calls)
     with LLM(
         **settings(
@@ -62,7 +62,7 @@ def test_the_same_text_as_on_a_cpu(folders: tuple[str, str], speculation: str, m
 def test_ranks_replay_what_their_leader_does(folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(**settings(folders, drafter="none", speculation="off", profile=False)) as llm:
         wanted = [[out.token_ids for out in llm.generate(PROMPTS, sampling)] for sampling in SAMPLINGS]
-    monkeypatch.setattr(build, "_uses_graphs", lambda config, target: True)
+    monkeypatch.setattr(build, "uses_graphs", lambda config, target: True)
     monkeypatch.setattr(build, "CudaGraphs", lambda warn: plain_calls)
     parallel = {"tensor_parallel": 2, "driver": "overlapped", "profile": False, "graph_tokens": 32}
     with LLM(**settings(folders, drafter=folders[1], speculation="tree:5", **parallel)) as llm:

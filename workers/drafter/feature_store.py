@@ -23,7 +23,8 @@ class FeatureStore:
 
     def __init__(self, tables: BlockTables, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self._tables = tables
-        self._rows = torch.zeros(tables.num_blocks * tables.block_size, width, dtype=dtype, device=device)
+        self._num_slots = tables.num_blocks * tables.block_size
+        self._rows = torch.zeros(self._num_slots + 1, width, dtype=dtype, device=device)  # the last one takes what padding writes
 
     @property
     def bytes_per_position(self) -> int:
@@ -35,7 +36,7 @@ class FeatureStore:
 
     def by_block(self) -> Tensor:
         """[num_blocks, block_size, width], the same memory."""
-        return self._rows.view(self._tables.num_blocks, self._tables.block_size, -1)
+        return self._rows[: self._num_slots].view(self._tables.num_blocks, self._tables.block_size, -1)
 
     def write(self, turns: Sequence[DraftTurn]) -> None:
         """Keep the features of committed positions."""
@@ -44,6 +45,15 @@ class FeatureStore:
         if spans:
             features = torch.cat([turn.features[:count] for turn, count in zip(turns, counts, strict=True) if count > 0])
             self._rows[self._slots(spans)] = features.to(self._rows.dtype)
+
+    def write_slots(self, features: Tensor, slots: Tensor) -> None:
+        """Keep features [T, width] in slots [T]; -1 is padding. Nothing waits for the device."""
+        places = torch.where(slots < 0, self._num_slots, slots).to(torch.int64)
+        self._rows.index_copy_(0, places, features.to(self._rows.dtype))
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """The features of slots [n] go to other slots."""
+        self._rows.index_copy_(0, targets, self._rows.index_select(0, sources))
 
     def read(self, spans: Sequence[Span]) -> Tensor:
         """Features of all positions of some spans, one after the other."""

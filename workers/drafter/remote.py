@@ -25,6 +25,7 @@ from dspark.workers.drafter.grafted import FeatureProjection
 from dspark.workers.drafter.local import num_usable
 
 MAX_BATCH_BYTES: Final = 4 * 2**20  # features of one batch; what a worker lacks beyond that goes with the next ones
+CATCH_UP: Final = 8  # positions that are sent together of requests that nothing is drafted for
 
 Assign = Callable[[str, Mapping[str, int]], str]  # request id, requests that each usable worker has -> the worker for this one
 
@@ -50,6 +51,25 @@ class _Request:
     shunned: str = ""  # a worker that had no room for it,
     shunned_until_s: float = 0.0
 
+    @property
+    def num_behind(self) -> int:
+        """Features that its worker was not sent yet."""
+        return self.num_features - self.features_sent
+
+
+class FeatureFeed:
+    """Keeps the features of a target's step where the step writes its KV."""
+
+    def __init__(self, projection: FeatureProjection, store: FeatureStore) -> None:
+        self._projection, self._store = projection, store
+
+    def __call__(self, taps: Tensor, positions: Tensor, slots: Tensor) -> None:
+        self._store.write_slots(self._projection.project(taps), slots)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """The features of slots go to other slots, as the target's KV does."""
+        self._store.move(sources, targets)
+
 
 @dataclass(slots=True)
 class RemoteCounters:
@@ -67,12 +87,21 @@ class RemoteCounters:
 class RemoteDrafter:
     """Drafts by the workers of ``links``; ``assign`` says which of them drafts for a request that has none.
 
-    ``fallback`` is fed with every turn, and drafts for requests without a draft in time.
+    ``fallback`` is fed with every turn, and drafts for requests without a draft in time. With ``feeds`` features are kept by the
+    target's forward itself, and turns bring none; a fallback would lack them.
     """
 
     def __init__(
-        self, projection: FeatureProjection, tables: BlockTables, links: DraftLinks, assign: Assign, fallback: Drafter | None = None
+        self,
+        projection: FeatureProjection,
+        tables: BlockTables,
+        links: DraftLinks,
+        assign: Assign,
+        fallback: Drafter | None = None,
+        feeds: bool = False,
     ) -> None:
+        if feeds and fallback is not None:
+            raise ValueError("a fallback needs the features that turns bring")
         config, weight = projection.config, projection.fc.weight
         self.block_size = config.block_size
         self.taps = config.target_layer_ids
@@ -80,6 +109,7 @@ class RemoteDrafter:
         self.projection = projection
         self.links = links
         self.store = FeatureStore(tables, config.hidden_size, weight.dtype, weight.device)
+        self.feed = FeatureFeed(projection, self.store) if feeds else None
         self.counters = RemoteCounters()
         self.on_round: Callable[[Round], None] | None = None  # hears of every answered batch
         self._times = RoundTimes()
@@ -94,7 +124,10 @@ class RemoteDrafter:
 
     @torch.no_grad()
     def propose(self, turns: Sequence[DraftTurn]) -> None:
-        """Send what is new, and what workers were found to lack, to the worker of each request; waits for nothing."""
+        """Send what is new, and what workers were found to lack, to the worker of each request; waits for nothing.
+
+        Of requests that nothing is drafted for, only when it is worth a message.
+        """
         self._absorb()
         self.store.write(turns)
         if self._fallback is not None:
@@ -103,7 +136,9 @@ class RemoteDrafter:
         batches: dict[str, list[_Request]] = {}
         for turn in turns:
             request = self._advance(turn)
-            if request is not None and self._bind(request, usable) is not None and request.link is not None:
+            if request is None or self._bind(request, usable) is None or request.link is None:
+                continue
+            if turn.max_draft or request.num_behind >= CATCH_UP:
                 batches.setdefault(request.link.worker_id, []).append(request)
         for worker_id, requests in batches.items():
             self._send(usable[worker_id], requests)
@@ -181,7 +216,9 @@ class RemoteDrafter:
             return None
         request.tokens.extend(turn.tokens[len(turn.tokens) - num_new :])
         request.turn, request.awaited, request.tree = turn, None, None
-        if turn.features is not None:
+        if self.feed is not None:
+            request.num_features = min(turn.num_computed, turn.base_len - 1)
+        elif turn.features is not None:
             request.num_features = turn.feature_start + max(0, num_usable(turn))
         return request
 
@@ -209,9 +246,9 @@ class RemoteDrafter:
         """One batch for requests of a link; those that need least come first, so that a long catch-up holds nobody up."""
         room = MAX_BATCH_BYTES // self.store.bytes_per_position
         spans = []
-        requests.sort(key=lambda request: request.num_features - request.features_sent)
+        requests.sort(key=lambda request: request.num_behind)
         for request in requests:
-            count = min(max(0, request.num_features - request.features_sent), room)
+            count = min(max(0, request.num_behind), room)
             room -= count
             spans.append((request.turn.request_id, request.features_sent, count))
         features, wait_ready = self._read([span for span in spans if span[2]])

@@ -458,6 +458,7 @@ class Engine:
                     noise_seed=sequence.request.noise_seed,
                     max_nodes=nodes,
                     cache_salt=sequence.request.cache_salt,
+                    num_computed=sequence.num_computed,
                 )
             )
             sequence.num_taught = sequence.num_known

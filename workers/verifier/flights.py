@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from dspark.types import Continuations, ContinuesSteps, DraftedChains, Mode, StepOutcome, VerifyPlan
+from dspark.types import Continuations, ContinuesSteps, DraftedChains, DraftsAhead, Mode, StepOutcome, VerifyPlan
 from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints
 from dspark.workers.verifier.runner import StepResult
 from dspark.workers.verifier.sequence import Sequence
@@ -21,6 +21,7 @@ from dspark.workers.verifier.verdict import Verdict
 if TYPE_CHECKING:
     from dspark.workers.verifier.engine import Engine
 
+TOLD_EVERY = 8  # plain steps after which a drafter elsewhere hears of them: it would have all of them to catch up with
 OBSERVED_ROWS = 4  # of a step, in turns: the estimates are no better for more, and learning takes time from the engine's thread
 
 
@@ -31,6 +32,7 @@ class Flights:
         self._engine = engine
         self._plain: Flight | None = None
         self._drafted: DraftedFlight | None = None
+        self._untold = 0  # plain steps since the drafter last heard of any
         self._turn = 0  # where the next rows that are observed begin
 
     @property
@@ -138,7 +140,9 @@ class Flights:
             engine.scheduler.commit_ahead(sequence)
             if outcome.finish is not None:
                 ended.append(sequence)
-        if self._plain is None:
+        self._untold += 1
+        if self._plain is None or (self._untold >= TOLD_EVERY and isinstance(engine.drafter, DraftsAhead)):
+            self._untold = 0
             engine.propose_to([sequence for sequence, _ in landed], ended, depth)
         engine.forget(ended)
         return outcomes

@@ -84,11 +84,24 @@ def summary(config: ServeConfig, described: dict[str, Any]) -> list[str]:
 
 
 def _with_threads(config: ServeConfig) -> ServeConfig:
-    """OMP_NUM_THREADS of this shell becomes the engine's thread count; inside Ray the variable means something else."""
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    if config.engine.threads is not None or not value.isdigit() or int(value) < 1:
+    """Compute threads of every process, if they are not set.
+
+    OMP_NUM_THREADS of this shell; inside Ray the variable means something else. Otherwise several processes share the cores of this
+    machine: teams that take all of them each would wait for one another at every product.
+    """
+    if config.engine.threads is not None:
         return config
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": int(value)})})
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if value.isdigit() and int(value) > 0:
+        threads = int(value)
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = config.num_verifiers * config.engine.num_ranks + (config.num_draft_workers if config.topology == "disaggregated" else 0)
+        if processes == 1:
+            return config
+        threads = max(1, cores // processes)
+        say(f"{processes} processes share {cores} cores: {threads} compute threads each (--threads sets it)")
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 
 def say(text: str) -> None:

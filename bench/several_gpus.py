@@ -201,6 +201,7 @@ def _on_ranks(plan: GpusPlan, folder: str, name: str, layouts: Sequence[tuple[in
             "agreement": told["agreed"] / told["forced"],
             "forced_tokens": told["forced"],
             "step_ms": told["step_ms"],
+            "tokens_per_s_per_device": {streams: 1e3 * int(streams) / ms / count for streams, ms in told["step_ms"].items()},
             "expert_load_imbalance": told["imbalance"],
         }
 
@@ -304,8 +305,9 @@ class Part:
 
 def _rank_cells(record: Record) -> Sequence[object]:
     steps = ", ".join(f"{streams}: {ms:.2f}" for streams, ms in record["step_ms"].items())
+    rates = ", ".join(f"{streams}: {rate:,.0f}" for streams, rate in record["tokens_per_s_per_device"].items())
     agreement = f"{100 * record['agreement']:.1f} %"
-    return (record["what"], agreement, record["forced_tokens"], steps, record["expert_load_imbalance"], record["model"])
+    return (record["what"], agreement, record["forced_tokens"], steps, rates, record["expert_load_imbalance"], record["model"])
 
 
 def _transport_cells(record: Record) -> Sequence[object]:
@@ -324,6 +326,7 @@ _RANK_COLUMNS: Final = (
     Column("agreement", 9),
     Column("of tokens", 9),
     Column("streams: ms a step", 24, is_text=True),
+    Column("tok/s a device", 20, is_text=True),
     Column("imbalance", 9),
     Column("model", 20, is_text=True),
 )

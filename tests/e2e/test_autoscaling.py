@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-from helpers.servers import ROOT, Server
+from helpers.servers import ROOT, Server, served
 from helpers.tiny_model import save_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -29,11 +29,8 @@ SCALING = [
 def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_len=2048)
     settings = ["--dtype", "float32", "--drafter", "ngram", "--kv-tokens", "32768", "--max-num-seqs", "2", "--drain-s", "60"]
-    running = Server(tmp_path_factory.mktemp("server") / "log", str(folder), *settings, *SCALING)
-    try:
-        yield running.wait()
-    finally:
-        running.stop()
+    with served(tmp_path_factory.mktemp("server") / "log", str(folder), *settings, *SCALING) as running:
+        yield running
 
 
 class Load:

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 from helpers.draft_workers import eventually
-from helpers.servers import ROOT, Server
+from helpers.servers import ROOT, Server, served
 from helpers.tiny_model import save_tiny_drafter, save_tiny_model
 
 from dspark.status import CLEAR, INACTIVE, PLAIN, RED
@@ -31,13 +31,8 @@ def disaggregated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     save_tiny_drafter(save_tiny_model(folder / "tiny", max_len=2048), folder / "draft")
     topology = ["--topology", "disaggregated", "--verifiers", "2", "--draft-workers", "1", "--draft-kv-tokens", "8192"]
     settings = [*topology, *SETTINGS, "--drain-s", "20", "--dashboard"]
-    running = Server(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *settings)
-    try:
-        yield running.wait()
-    finally:
-        running.stop()
-        left = running.processes()
-    assert not left, f"processes outlived the server: {left}"
+    with served(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *settings) as running:
+        yield running
 
 
 def complete(server: Server, prompt: str, **more: object) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from helpers.servers import Server
+from helpers.servers import Server, served
 from helpers.tiny_model import save_tiny_drafter, save_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -26,13 +26,8 @@ SETTINGS = [
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models")
     save_tiny_drafter(save_tiny_model(folder / "tiny", max_len=1024), folder / "draft")
-    running = Server(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *SETTINGS)
-    try:
-        yield running.wait()
-    finally:
-        running.stop()
-        left = running.processes()
-    assert not left, f"processes outlived the server: {left}"
+    with served(folder / "log", str(folder / "tiny"), "--drafter", str(folder / "draft"), *SETTINGS) as running:
+        yield running
 
 
 def complete(server: Server, prompt: str, **more: object) -> str:

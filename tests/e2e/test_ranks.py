@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from helpers.servers import Server
+from helpers.servers import Server, served
 from helpers.tiny_model import save_tiny_model
 
 from dspark import LLM, SamplingParams
@@ -31,13 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     settings = ["--dtype", "float32", "--drafter", "ngram", "--kv-tokens", "16384", "--no-profile", "--num-verifiers", "2", "-tp", "2"]
-    running = Server(folder.parent / "log", str(folder), *settings, "--drain-s", "30")
-    try:
-        yield running.wait()
-    finally:
-        running.stop()
-        left = running.processes()
-    assert not left, f"processes outlived the server: {left}"
+    with served(folder.parent / "log", str(folder), *settings, "--drain-s", "30") as running:
+        yield running
 
 
 def ranks(server: Server) -> list[int]:

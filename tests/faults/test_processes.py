@@ -23,7 +23,7 @@ import httpx
 import pytest
 from helpers import sockets
 from helpers.repeats import FAULT_REPEATS, counted
-from helpers.servers import Server
+from helpers.servers import Server, served
 from helpers.tiny_model import save_tiny_drafter, save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -64,16 +64,11 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(folder: Path, settings: Sequence[str], whole: dict[str, int]) -> Iterator[Cluster]:
-    running = Server(folder / "log", str(folder / "tiny"), *SETTINGS, *settings)
-    try:
-        undisturbed = Streams(running.wait(), {"speculation": "off"})
+    with served(folder / "log", str(folder / "tiny"), *SETTINGS, *settings) as running:
+        undisturbed = Streams(running, {"speculation": "off"})
         undisturbed.run()
         assert len(undisturbed.texts) == NUM_STREAMS
         yield Cluster(running, whole, undisturbed.texts)
-    finally:
-        running.stop()
-        left = running.processes()
-    assert not left, f"processes outlived the server: {left}"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def served(log: Path, *arguments: str) -> Iterator[Server]:
+    """A server that is ready, and gone afterwards with all its processes."""
+    running = Server(log, *arguments)
+    try:
+        yield running.wait()
+    finally:
+        running.stop()
+        left = running.processes()
+    assert not left, f"processes outlived the server: {left}"
 
 
 class Server:

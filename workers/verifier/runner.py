@@ -66,10 +66,11 @@ class Runner:
         self.pool = pool
         self.taps = taps
         self._graphs: GraphForward | None = None
-        sizes = None if graphs is None else graphs.sizes(pool.block_size)
-        if graphs is None or sizes is None:
+        sizes: GraphSizes | None = None
+        if graphs is None:
             self._model = Forward(target, pool.num_blocks, pool.block_size, taps, feed)
         else:
+            sizes = graphs.sizes(pool.block_size)
             self._model = self._graphs = GraphForward(target, pool, taps, feed, sizes, graphs.capture)
         self._sizes = () if sizes is None else sizes.tokens
         if target.ranks is not None:

@@ -16,7 +16,7 @@ from helpers.tiny_model import save_tiny_model
 
 
 def test_the_embedded_model_serves_and_ctrl_c_drains(tmp_path: Path) -> None:
-    server = Server(tmp_path / "log", "--no-profile", "--drain-s", "60", env={"OMP_NUM_THREADS": "2"})
+    server = Server(tmp_path / "log", "--no-profile", "--drain-s", "60")
     text: list[str] = []
 
     def read() -> None:

@@ -30,7 +30,8 @@ DEV   := $(VENV)/.dev-installed
 OLDEST := $(VENV)/.oldest-installed
 OLDEST_TRANSFORMERS := 5.17.0
 say = @echo '==>'
-# A file's tests stay on one process: they share models and servers. Files with few tests are not the last: they are the long ones. One compute thread each, or they wait for one another.
+# A file's tests stay on one process: they share models and servers. Files with few tests are not the last: they are the long ones.
+# One compute thread each, or they wait for one another.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install install-dev model serve test test-faults test-oldest lint format proto bench clean

@@ -79,22 +79,30 @@ def draw_block(
         margin = -tl.log(tl.maximum(rest, LEAST_REST))
         tl.store(margins + row, margin)
 
-        # One 64-bit key orders logits, equal ones by place: the bits of a float, made to order as integers, above the place.
-        bits = logits.to(tl.int32, bitcast=True)
-        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-        keys = tl.sort((ordered << 32) | (0x7FFFFFFF - place).to(tl.int64), descending=True)
-        order = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-        bits = (keys >> 32).to(tl.int32)
-        values = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-        kept = place < WIDTH
-        powers = tl.where(kept, tl.exp(tl.div_rn(values - peak, scale)), 0.0)
-        probs = tl.div_rn(powers, tl.sum(powers, axis=0))
-        probs = tl.where(temperature == 0.0, (place == 0).to(tl.float32), probs)
-        ids = tl.load(candidates + row * CANDIDATES + order, mask=kept, other=0)
-        if HAS_IDS:
-            ids = tl.load(target_ids + ids, mask=kept, other=0)
-        tl.store(law_ids + row * WIDTH + place, ids, mask=kept)
-        tl.store(law_probs + row * WIDTH + place, probs, mask=kept)
+        if WIDTH == 1:  # the best alone, with certainty, the first among equals
+            winner = tl.argmax(logits, axis=0)
+            chosen = tl.load(candidates + row * CANDIDATES + winner)
+            if HAS_IDS:
+                chosen = tl.load(target_ids + chosen)
+            tl.store(law_ids + row, chosen)
+            tl.store(law_probs + row, 1.0)
+        else:
+            # One 64-bit key orders logits, equal ones by place: the bits of a float, made to order as integers, above the place.
+            bits = logits.to(tl.int32, bitcast=True)
+            ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+            keys = tl.sort((ordered << 32) | (0x7FFFFFFF - place).to(tl.int64), descending=True)
+            order = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+            bits = (keys >> 32).to(tl.int32)
+            values = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+            kept = place < WIDTH
+            powers = tl.where(kept, tl.exp(tl.div_rn(values - peak, scale)), 0.0)
+            probs = tl.div_rn(powers, tl.sum(powers, axis=0))
+            probs = tl.where(temperature == 0.0, (place == 0).to(tl.float32), probs)
+            ids = tl.load(candidates + row * CANDIDATES + order, mask=kept, other=0)
+            if HAS_IDS:
+                ids = tl.load(target_ids + ids, mask=kept, other=0)
+            tl.store(law_ids + row * WIDTH + place, ids, mask=kept)
+            tl.store(law_probs + row * WIDTH + place, probs, mask=kept)
 
         if HAS_HEAD:
             logit = tl.load(head_bias).to(tl.float32)
@@ -116,8 +124,11 @@ def draw_block(
             logit = margin
         tl.store(confidences + row, tl.sigmoid(logit))
 
-        key = row_key(seed, base_len + k, purpose, salt)
-        race = tl.where(kept, tl.div_rn(probs, exponential(key, ids.to(tl.int32))), -1.0)
-        winner = tl.argmax(race, axis=0)
-        previous = tl.sum(tl.where(place == winner, ids, 0), axis=0)
+        if WIDTH == 1:
+            previous = chosen
+        else:
+            key = row_key(seed, base_len + k, purpose, salt)
+            race = tl.where(kept, tl.div_rn(probs, exponential(key, ids.to(tl.int32))), -1.0)
+            winner = tl.argmax(race, axis=0)
+            previous = tl.sum(tl.where(place == winner, ids, 0), axis=0)
         tl.store(tokens + row, previous)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dspark.kernels.buckets import graph_sizes
 from dspark.kernels.graphs import Capture, nothing_collected
-from dspark.kernels.kv_store import store_kv
+from dspark.kernels.kv_store import Projected, rotate_and_store, store_kv
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
 from dspark.types import Continuations, DeviceDrafts, DraftedChains
@@ -82,11 +82,20 @@ class RaggedContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Softmax attention of q [R, S, H, D] over each row's context and block."""
-        pools, kind = self._pools, self._pools.config.layer_masks[layer]
-        store_kv(k.flatten(0, 1), v.flatten(0, 1), *pools.layer(layer), self._slots)
+        store_kv(k.flatten(0, 1), v.flatten(0, 1), *self._pools.layer(layer), self._slots)
+        return self._attend(layer, q.flatten(0, 1)).view_as(q)
+
+    def attend_projected(self, layer: int, new: Projected) -> Tensor:
+        """``attend`` from the merged projection of all blocks: [R * S, H, D]."""
+        return self._attend(layer, rotate_and_store(new, *self._pools.layer(layer), self._slots))
+
+    def _attend(self, layer: int, query: Tensor) -> Tensor:
+        """Attention of queries [R * S, H, D] whose keys and values are stored."""
+        config = self._pools.config
+        kind = config.layer_masks[layer]
         window = kind.window + 1 if kind.window is not None and kind.from_anchor else kind.window
-        shape = AttentionShape(pools.config.attention_scale, window)
-        return ragged_attention(q.flatten(0, 1), *pools.layer(layer), self._batches[kind], shape).view_as(q)
+        shape = AttentionShape(config.attention_scale, window)
+        return ragged_attention(query, *self._pools.layer(layer), self._batches[kind], shape)
 
 
 class DraftGraphs:

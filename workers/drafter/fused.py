@@ -10,10 +10,13 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.kernels.kv_store import Projected
 from dspark.kernels.merged_linear import add_product, merge
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rotary import HeadNorms, rotate_heads
+from dspark.kernels.small_linear import FEW_ROWS_WIDTH, MAX_ROWS, small_linear
 from dspark.kernels.swiglu import swiglu
+from dspark.workers.drafter.draft_graphs import RaggedContext
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.layers import BlockContext, DraftAttention, DraftLayer
 from dspark.workers.drafter.module_config import LayerStyle
@@ -41,6 +44,11 @@ class FusedDraftAttention(nn.Module):
         cos, sin = (part.squeeze(-2) for part in cos_sin)
         return rotate_heads(heads, cos, sin, 0, self.num_kv_heads, self.norms), heads[:, self.num_kv_heads :]
 
+    def projected(self, heads: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Projected:
+        """The merged projection [T, (H + 2 * Hkv) * D] of a block's inputs; cos and sin [T, D]."""
+        heads = heads.view(heads.shape[0], -1, self.head_dim)
+        return Projected(heads, *cos_sin, self.num_heads, self.num_kv_heads, self.norms)
+
     def queries_keys_values(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, D], k and v [T, Hkv, D] of inputs [T, d]; cos and sin [T, D]."""
         heads = F.linear(x, self.weight, self.bias).view(x.shape[0], -1, self.head_dim)
@@ -58,17 +66,32 @@ class FusedDraftLayer(nn.Module):
         self.gate_up, _ = merge(layer.mlp.gate_proj, layer.mlp.up_proj)
         self.down_proj = layer.mlp.down_proj
         self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+        widths = (self.self_attn.weight.shape[1], self.self_attn.o_proj.in_features, self.down_proj.in_features)
+        self.is_narrow = max(widths) <= FEW_ROWS_WIDTH
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], context: BlockContext) -> Tensor:
         """cos and sin [R, S, 1, D]."""
         block = x.shape[:2]
         cos, sin = (part.flatten(0, 1).squeeze(1) for part in cos_sin)
         flat = x.flatten(0, 1)
+        if flat.is_cuda and flat.shape[0] <= MAX_ROWS and self.is_narrow and isinstance(context, RaggedContext):
+            return self._few_rows(flat, (cos, sin), context).view(x.shape)
         normed = rms_norm(flat, cast(Tensor, self.input_norm.weight), self.input_norm.eps)
         q, k, v = (part.view(*block, *part.shape[1:]) for part in self.self_attn.queries_keys_values(normed, (cos, sin)))
         attended = context.attend(self.index, q, k, v).reshape(flat.shape[0], -1)
         normed, flat = add_rms_norm(self.self_attn.o_proj(attended), flat, cast(Tensor, self.post_norm.weight), self.post_norm.eps)
         return add_product(flat, swiglu(F.linear(normed, self.gate_up)), self.down_proj).view(x.shape)
+
+    def _few_rows(self, flat: Tensor, cos_sin: tuple[Tensor, Tensor], context: RaggedContext) -> Tensor:
+        """``forward`` of few tokens [T, d]: norms, gate and residuals are part of the four products."""
+        attention = self.self_attn
+        norm = (cast(Tensor, self.input_norm.weight), self.input_norm.eps)
+        heads = small_linear(flat, attention.weight, attention.bias, norm)
+        attended = context.attend_projected(self.index, attention.projected(heads, cos_sin)).flatten(1)
+        flat = small_linear(attended, attention.o_proj.weight, attention.o_proj.bias, residual=flat)
+        norm = (cast(Tensor, self.post_norm.weight), self.post_norm.eps)
+        inner = small_linear(flat, self.gate_up, norm=norm, is_gated=True)
+        return small_linear(inner, self.down_proj.weight, self.down_proj.bias, residual=flat)
 
 
 def fuse_layers(module: DSparkModule) -> bool:

@@ -7,7 +7,7 @@ tokens. On a CPU everything is small, and says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -239,7 +239,7 @@ def attention_case(maker: Maker, sizes: Sizes, rows: int, length: int, context: 
         query = maker.normal(seed, rows * length, heads, dim)
         keys, values = (maker.normal(seed + i, rows * blocks * sizes.block, kv_heads, dim) for i in (1, 2))
         shape = AttentionShape(dim**-0.5)
-        batch = kernel.RaggedBatch.plan(described, sizes.block, maker.device)
+        batch = replace(kernel.RaggedBatch.plan(described, sizes.block, maker.device), is_given=True)
         groups = PagedBatch.plan(described, sizes.block, maker.device)
         at = order.to(maker.device)
         dense = [pool.view(rows * blocks, sizes.block, kv_heads, dim)[at].flatten(1, 2)[:, :context] for pool in (keys, values)]

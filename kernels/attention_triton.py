@@ -11,7 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dspark.kernels.chain_triton import begin_early, wait_for_earlier
+
 LOG2E = tl.constexpr(1.4426950408889634)
+PARTS_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -66,8 +69,11 @@ def rotate_store(
     HAS_NORM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
     """HEAD_BLOCK of a token's query, key and value heads, in this order; HALF of BLOCK columns are real."""
+    begin_early(IS_CHAINED)
+    wait_for_earlier(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)[:, None]
     place = tl.arange(0, BLOCK)[None, :]
@@ -103,6 +109,63 @@ def rotate_store(
     target = value_cache + (slot * KEY_HEADS + head - QUERY_HEADS - KEY_HEADS) * 2 * HALF + place
     tl.store(target, plain_left.to(dtype), mask=is_value & (slot >= 0))
     tl.store(target + HALF, plain_right.to(dtype), mask=is_value & (slot >= 0))
+
+
+@triton.jit
+def see(
+    q,
+    k,
+    v,
+    place,
+    inside,
+    new,
+    own,
+    is_query,
+    bits,
+    position,
+    key_position,
+    base,
+    window,
+    scale,
+    softcap,
+    best,
+    total,
+    acc,
+    HAS_ANCESTORS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SEES_ALL: tl.constexpr,
+):
+    """Take TILE_KEYS more positions into the running softmax: largest score, sum of weights, sums of values."""
+    scores = tl.dot(q, k, input_precision="ieee") * scale
+    if HAS_SOFTCAP:
+        scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
+    scores = scores * LOG2E
+    if SEES_ALL:
+        seen = inside[None, :] & is_query[:, None]
+    else:
+        seen = place[None, :] <= (base + own)[:, None]
+        if HAS_ANCESTORS:
+            bit = (bits[:, None] >> tl.minimum(tl.maximum(new, 0), 63).to(tl.int64)[None, :]) & 1
+            seen = tl.where((bits == 0)[:, None], seen, (new < 0)[None, :] | (bit != 0))
+        seen = seen & inside[None, :] & is_query[:, None]
+    if HAS_WINDOW:
+        seen = seen & (position[:, None] - key_position[None, :] < window)
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+    weight = tl.exp2(scores - anchor[:, None])
+    fade = tl.exp2(best - anchor)
+    total = total * fade + tl.sum(weight, 1)
+    acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit
+def slots_of(table, place, inside, BLOCK_SIZE: tl.constexpr):
+    """Where positions of a row lie in the caches."""
+    block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    return block * BLOCK_SIZE + place % BLOCK_SIZE
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "window"])
@@ -145,7 +208,13 @@ def attend(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SEES_ALL: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+    IS_GIVEN: tl.constexpr,
 ):
+    """IS_GIVEN: rows, tables and all KV but that of new tokens are there before earlier kernels have ended: they are read at once."""
+    begin_early(IS_CHAINED)
+    if not IS_GIVEN:
+        wait_for_earlier(IS_CHAINED)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -156,109 +225,168 @@ def attend(
     start = tl.load(starts + row)
     length = tl.load(starts + row + 1) - start
     offset = (tile - start // TILE_TOKENS - row) * TILE_TOKENS
-    if offset < length:
-        context = tl.load(contexts + row)
-        base = context - length
-        m = tl.arange(0, TILE_ROWS)
-        own = offset + m // GROUP
-        head = kv_head * GROUP + m % GROUP
-        is_query = (m < TILE_TOKENS * GROUP) & (own < length)
-        token = start + own
-        key_columns = tl.arange(0, KEY_BLOCK)
-        value_columns = tl.arange(0, VALUE_BLOCK)
-        q = tl.load(
-            query + (token * query_token + head * query_head)[:, None] + key_columns[None, :],
-            mask=is_query[:, None] & (key_columns < KEY_DIM)[None, :],
-            other=0.0,
-        )
-        first_key = context * 0
-        last_key = context
-        if not SEES_ALL:
-            last_key = tl.maximum(tl.minimum(context, base + offset + TILE_TOKENS), 0)
-        if HAS_WINDOW:
-            position = tl.load(positions + token, mask=is_query, other=0).to(tl.int32)
-            lowest = tl.min(tl.where(is_query, position, 2147483647), 0)
-            first_key = tl.minimum(tl.maximum(lowest - window + 1, 0), base)
-            first_key = tl.maximum(first_key, 0)
-        if HAS_ANCESTORS:
-            bits = tl.load(ancestors + token, mask=is_query, other=0)
-        per_split = tl.cdiv(tl.cdiv(last_key - first_key, TILE_KEYS), SPLITS) * TILE_KEYS
-        begin = first_key + split * per_split
-        end = tl.minimum(last_key, begin + per_split)
+    context = tl.load(contexts + row)
+    base = context - length
+    m = tl.arange(0, TILE_ROWS)
+    own = offset + m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    is_query = (m < TILE_TOKENS * GROUP) & (own < length)
+    token = start + own
+    key_columns = tl.arange(0, KEY_BLOCK)
+    value_columns = tl.arange(0, VALUE_BLOCK)
+    first_key = context * 0
+    last_key = context
+    if not SEES_ALL:
+        last_key = tl.maximum(tl.minimum(context, base + offset + TILE_TOKENS), 0)
+    position, bits = own, own
+    if HAS_WINDOW:
+        position = tl.load(positions + token, mask=is_query, other=0).to(tl.int32)
+        lowest = tl.min(tl.where(is_query, position, 2147483647), 0)
+        first_key = tl.minimum(tl.maximum(lowest - window + 1, 0), base)
+        first_key = tl.maximum(first_key, 0)
+    if HAS_ANCESTORS:
+        bits = tl.load(ancestors + token, mask=is_query, other=0)
+    num_tiles = tl.cdiv(last_key - first_key, TILE_KEYS)
+    per_split = tl.cdiv(num_tiles, SPLITS)
+    parts = tl.maximum(tl.cdiv(num_tiles, tl.maximum(per_split, 1)), 1)  # a short context has fewer than SPLITS
+    begin = first_key + split * per_split * TILE_KEYS
+    end = tl.minimum(last_key, begin + per_split * TILE_KEYS)
+    if (offset < length) & (split < parts):
         table = tables + tl.load(table_starts + row)
         best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([TILE_ROWS], tl.float32)
         acc = tl.zeros([TILE_ROWS, VALUE_BLOCK], tl.float32)
-        for key_begin in range(begin, end, TILE_KEYS):
-            place = key_begin + tl.arange(0, TILE_KEYS)
+        is_key = key_columns < KEY_DIM
+        is_value = value_columns < VALUE_DIM
+        keys = key_cache + kv_head * KEY_DIM + key_columns[:, None]
+        values = value_cache + kv_head * VALUE_DIM + value_columns[None, :]
+        tile_keys = tl.arange(0, TILE_KEYS)
+        key_position = begin + tile_keys
+        if IS_GIVEN:
+            place = begin + tile_keys
             inside = place < end
-            block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            slot = block * BLOCK_SIZE + place % BLOCK_SIZE
-            k = tl.load(
-                key_cache + (slot * (KV_HEADS * KEY_DIM) + kv_head * KEY_DIM)[None, :] + key_columns[:, None],
-                mask=inside[None, :] & (key_columns < KEY_DIM)[:, None],
+            new = place - base
+            slot = slots_of(table, place, inside, BLOCK_SIZE)
+            old = inside & (new < 0)
+            k = tl.load(keys + (slot * (KV_HEADS * KEY_DIM))[None, :], mask=old[None, :] & is_key[:, None], other=0.0)
+            v = tl.load(values + (slot * (KV_HEADS * VALUE_DIM))[:, None], mask=old[:, None] & is_value[None, :], other=0.0)
+            wait_for_earlier(IS_CHAINED)
+            q = tl.load(
+                query + (token * query_token + head * query_head)[:, None] + key_columns[None, :],
+                mask=is_query[:, None] & (key_columns < KEY_DIM)[None, :],
                 other=0.0,
             )
-            scores = tl.dot(q, k, input_precision="ieee") * scale
-            if HAS_SOFTCAP:
-                scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
-            scores = scores * LOG2E
+            added = inside & (new >= 0)
+            new_k = tl.load(keys + (slot * (KV_HEADS * KEY_DIM))[None, :], mask=added[None, :] & is_key[:, None], other=0.0)
+            new_v = tl.load(values + (slot * (KV_HEADS * VALUE_DIM))[:, None], mask=added[:, None] & is_value[None, :], other=0.0)
+            k = tl.where(added[None, :], new_k, k)
+            v = tl.where(added[:, None], new_v, v)
+            if HAS_WINDOW:
+                key_position = tl.load(positions + start + new, mask=added, other=0).to(tl.int32)
+                key_position = tl.where(new >= 0, key_position, place)
+            best, total, acc = see(
+                q,
+                k,
+                v,
+                place,
+                inside,
+                new,
+                own,
+                is_query,
+                bits,
+                position,
+                key_position,
+                base,
+                window,
+                scale,
+                softcap,
+                best,
+                total,
+                acc,
+                HAS_ANCESTORS,
+                HAS_WINDOW,
+                HAS_SOFTCAP,
+                SEES_ALL,
+            )
+            begin += TILE_KEYS
+        else:
+            q = tl.load(
+                query + (token * query_token + head * query_head)[:, None] + key_columns[None, :],
+                mask=is_query[:, None] & (key_columns < KEY_DIM)[None, :],
+                other=0.0,
+            )
+        for key_begin in range(begin, end, TILE_KEYS):
+            place = key_begin + tile_keys
+            inside = place < end
             new = place - base
-            if SEES_ALL:
-                seen = inside[None, :] & is_query[:, None]
-            else:
-                seen = place[None, :] <= (base + own)[:, None]
-                if HAS_ANCESTORS:
-                    bit = (bits[:, None] >> tl.minimum(tl.maximum(new, 0), 63).to(tl.int64)[None, :]) & 1
-                    seen = tl.where((bits == 0)[:, None], seen, (new < 0)[None, :] | (bit != 0))
-                seen = seen & inside[None, :] & is_query[:, None]
+            slot = slots_of(table, place, inside, BLOCK_SIZE)
+            k = tl.load(keys + (slot * (KV_HEADS * KEY_DIM))[None, :], mask=inside[None, :] & is_key[:, None], other=0.0)
+            v = tl.load(values + (slot * (KV_HEADS * VALUE_DIM))[:, None], mask=inside[:, None] & is_value[None, :], other=0.0)
             if HAS_WINDOW:
                 key_position = tl.load(positions + start + new, mask=inside & (new >= 0), other=0).to(tl.int32)
                 key_position = tl.where(new >= 0, key_position, place)
-                seen = seen & (position[:, None] - key_position[None, :] < window)
-            scores = tl.where(seen, scores, float("-inf"))
-            higher = tl.maximum(best, tl.max(scores, 1))
-            anchor = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp2(scores - anchor[:, None])
-            fade = tl.exp2(best - anchor)
-            v = tl.load(
-                value_cache + (slot * (KV_HEADS * VALUE_DIM) + kv_head * VALUE_DIM)[:, None] + value_columns[None, :],
-                mask=inside[:, None] & (value_columns < VALUE_DIM)[None, :],
-                other=0.0,
+            best, total, acc = see(
+                q,
+                k,
+                v,
+                place,
+                inside,
+                new,
+                own,
+                is_query,
+                bits,
+                position,
+                key_position,
+                base,
+                window,
+                scale,
+                softcap,
+                best,
+                total,
+                acc,
+                HAS_ANCESTORS,
+                HAS_WINDOW,
+                HAS_SOFTCAP,
+                SEES_ALL,
             )
-            total = total * fade + tl.sum(weight, 1)
-            acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-            best = higher
-        is_value = is_query[:, None] & (value_columns < VALUE_DIM)[None, :]
+        is_value = is_query[:, None] & is_value[None, :]
         place = token * HEADS + head
         is_last = True
-        if SPLITS > 1:
-            part = place + split * num_tokens * HEADS
-            tl.store(partial + (part * VALUE_DIM)[:, None] + value_columns[None, :], acc, mask=is_value)
-            tl.store(weights + part, best, mask=is_query)
-            tl.store(weights + SPLITS * num_tokens * HEADS + part, total, mask=is_query)
-            tl.debug_barrier()  # all threads have stored before one says so
-            count = arrived + tile * KV_HEADS + kv_head
-            is_last = tl.atomic_add(count, 1, sem="acq_rel") == SPLITS - 1
-            if is_last:
-                tl.store(count, 0)
-                best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
-                total = tl.zeros([TILE_ROWS], tl.float32)
-                acc = tl.zeros([TILE_ROWS, VALUE_BLOCK], tl.float32)
-                for other in range(SPLITS):
-                    part = place + other * num_tokens * HEADS
-                    # Past the first cache, which may hold what lay here before.
-                    other_best = tl.load(weights + part, mask=is_query, other=float("-inf"), cache_modifier=".cg")
-                    higher = tl.maximum(best, other_best)
-                    anchor = tl.where(higher == float("-inf"), 0.0, higher)
-                    fade, gain = tl.exp2(best - anchor), tl.exp2(other_best - anchor)
-                    other_total = tl.load(weights + SPLITS * num_tokens * HEADS + part, mask=is_query, other=0.0, cache_modifier=".cg")
-                    sums = tl.load(
-                        partial + (part * VALUE_DIM)[:, None] + value_columns[None, :], mask=is_value, other=0.0, cache_modifier=".cg"
-                    )
-                    total = total * fade + other_total * gain
-                    acc = acc * fade[:, None] + sums * gain[:, None]
-                    best = higher
+        if SPLITS > 1:  # noqa: SIM102 - known when compiled, what follows is not
+            if parts > 1:
+                part = place + split * num_tokens * HEADS
+                tl.store(partial + (part * VALUE_DIM)[:, None] + value_columns[None, :], acc, mask=is_value)
+                tl.store(weights + part, best, mask=is_query)
+                tl.store(weights + SPLITS * num_tokens * HEADS + part, total, mask=is_query)
+                tl.debug_barrier()  # all threads have stored before one says so
+                count = arrived + tile * KV_HEADS + kv_head
+                is_last = tl.atomic_add(count, 1, sem="acq_rel") == parts - 1
+                if is_last:
+                    tl.store(count, 0)
+                    best = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+                    total = tl.zeros([TILE_ROWS], tl.float32)
+                    acc = tl.zeros([TILE_ROWS, VALUE_BLOCK], tl.float32)
+                    for first in range(0, parts, PARTS_AT_ONCE):
+                        for i in tl.static_range(PARTS_AT_ONCE):  # unrolled: these are under way at once
+                            part = place + (first + i) * num_tokens * HEADS
+                            is_part = is_query & (first + i < parts)
+                            # Past the first cache, which may hold what lay here before.
+                            other_best = tl.load(weights + part, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+                            other_total = tl.load(
+                                weights + SPLITS * num_tokens * HEADS + part, mask=is_part, other=0.0, cache_modifier=".cg"
+                            )
+                            sums = tl.load(
+                                partial + (part * VALUE_DIM)[:, None] + value_columns[None, :],
+                                mask=is_part[:, None] & is_value,
+                                other=0.0,
+                                cache_modifier=".cg",
+                            )
+                            higher = tl.maximum(best, other_best)
+                            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+                            fade, gain = tl.exp2(best - anchor), tl.exp2(other_best - anchor)
+                            total = total * fade + other_total * gain
+                            acc = acc * fade[:, None] + sums * gain[:, None]
+                            best = higher
         if is_last:
             if HAS_SINKS:
                 sink = tl.load(sinks + head).to(tl.float32) * LOG2E
@@ -267,3 +395,5 @@ def attend(
                 acc = acc * tl.exp2(best - anchor)[:, None]
             mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out + (place * VALUE_DIM)[:, None] + value_columns[None, :], mean.to(out.dtype.element_ty), mask=is_value)
+    elif IS_GIVEN:
+        wait_for_earlier(IS_CHAINED)  # this kernel must not end before the one before it

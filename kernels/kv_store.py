@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dspark.kernels.device import launches_early
 from dspark.kernels.ragged_attention import power_of_2
 from dspark.kernels.rotary import HEADS_A_PROGRAM, HeadNorms, rotate_heads
 
@@ -69,7 +70,9 @@ def launch_rotating(new: Projected, key_cache: Tensor, value_cache: Tensor, slot
         HAS_NORM=norms is not None,
         HEAD_BLOCK=HEADS_A_PROGRAM,
         BLOCK=power_of_2(dim // 2),
+        IS_CHAINED=launches_early(heads.device),
         num_warps=2,
+        launch_pdl=launches_early(heads.device),
     )
     return query
 

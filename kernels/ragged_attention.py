@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dspark.kernels.device import launches_early
 from dspark.kernels.paged_attention import AttentionRow, AttentionShape, PagedBatch, paged_attention
 
 MAX_TREE_TOKENS = 63  # a node's ancestors are bits of an int64, whose sign is not used
@@ -29,7 +30,7 @@ MIN_TILE_ROWS, MAX_TILE_ROWS = 16, 64  # 16 is the least a matrix product takes
 NUM_COUNTERS = 4096
 ROWS_BLOCKS = (64, 512)  # row bounds that a program reads at once: each size is a compilation
 _COUNTERS: dict[torch.device, Tensor] = {}
-SPLITS = (16, 4)  # few choices: each is a compilation
+SPLITS = (8, 4)  # at most so many programs share a context; few choices: each is a compilation
 PROGRAMS_A_PROCESSOR = 4  # that splitting makes at most
 
 
@@ -46,6 +47,7 @@ class RaggedBatch:
     longest: int = 1
     ancestors: Tensor | None = None
     sees_all: bool = False  # every new token sees its whole row, behind itself too (a drafter's block)
+    is_given: bool = False  # no kernel that may still run when attention begins has written these, or KV of tokens that are not new
 
     @property
     def num_rows(self) -> int:
@@ -118,6 +120,8 @@ def tiling(num_tokens: int, num_rows: int, longest: int, heads: int, kv_heads: i
     tokens = rows // group
     programs = (num_tokens // tokens + num_rows) * kv_heads
     splits = next((count for count in SPLITS if programs * count <= PROGRAMS_A_PROCESSOR * num_processors), 1)
+    if splits == 1 and rows == MIN_TILE_ROWS and head_dim <= 64:  # many contexts, little to do for each: as much under way as fits
+        return Tiling(tokens, rows, 128, 1, 4, 3)
     return Tiling(tokens, rows, 64 if head_dim <= 128 else 32, splits, 4, 2)
 
 
@@ -190,8 +194,11 @@ def launch(
         HAS_SOFTCAP=shape.softcap is not None,
         HAS_SINKS=sinks is not None,
         SEES_ALL=batch.sees_all,
+        IS_CHAINED=launches_early(query.device),
+        IS_GIVEN=batch.is_given,
         num_warps=cut.warps,
         num_stages=cut.stages,
+        launch_pdl=launches_early(query.device),
     )
     return out
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dspark.bench.kernel_cases import SMALL, Maker, all_cases, sampling_rows
-from dspark.kernels import ragged_attention, sampling
+from dspark.kernels import kv_store, ragged_attention, sampling, small_linear
 
 DIALECT = GPUTarget("cuda", 90, 32)
 
@@ -46,9 +46,13 @@ def main() -> None:
     JITFunction.__getitem__ = compile_only
     ragged_attention._num_processors = lambda device: 132
     for dtype in (torch.bfloat16, torch.float32):
+        for module in (kv_store, ragged_attention, small_linear):
+            module.launches_early = lambda device, is_early=dtype == torch.bfloat16: is_early  # type: ignore[attr-defined]
         maker = Maker(torch.device("cpu"), dtype)
         for case in all_cases(maker, SMALL):
             case.make(0).ours()
+        for wide in (small_linear.FEW_ROWS_WIDTH, 2 * small_linear.FEW_ROWS_WIDTH):
+            small_linear.launch(maker.normal(0, 2, wide), maker.normal(0, 32, wide))
         logits, rows = maker.normal(0, 2, 64), sampling_rows(maker, 2, (1.0, 5, 0.9))
         sampling.write_laws(logits, rows, sampling.settle(logits, rows))
     print(" ".join(sorted(compiled)))

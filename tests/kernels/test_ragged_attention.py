@@ -85,11 +85,12 @@ def test_equals_the_specification(
     sinks = torch.randn(6, device=DEVICE) if with_sinks else None
     shape = AttentionShape(0.3, window, softcap)
     batch = ragged(rows, 3, longest)
+    given = dataclasses.replace(batch, is_given=True)
     expected = reference(query, keys, values, rows, BLOCK, shape, sinks)
-    for compute in (launch, ragged_attention):
+    for compute, told in ((launch, batch), (launch, given), (ragged_attention, batch)):
         if compute is ragged_attention and DEVICE.type == "cpu":
             keys, values = keys.nan_to_num(1e4), values.nan_to_num(1e4)
-        actual = compute(query, keys, values, batch, shape, sinks)
+        actual = compute(query, keys, values, told, shape, sinks)
         torch.testing.assert_close(actual[:total], expected[:total], atol=3e-6, rtol=1e-5)
         assert not actual[total:].any(), "padding tokens come out as zero"
     assert all(not counters.any() for counters in _COUNTERS.values()), "counters are 0 again"

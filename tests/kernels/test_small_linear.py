@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.triton_interpreter import mend_interpreter
 
-from dspark.kernels.small_linear import MAX_ROWS, launch, reference, small_linear
+from dspark.kernels.small_linear import FEW_ROWS_WIDTH, MAX_ROWS, launch, reference, small_linear
 
 pytest.importorskip("triton")
 mend_interpreter()
@@ -34,6 +34,14 @@ def test_gates() -> None:
     torch.testing.assert_close(
         launch(x, weight, norm=norm, is_gated=True), reference(x, weight, norm=norm, is_gated=True), atol=2e-5, rtol=2e-5
     )
+
+
+@pytest.mark.parametrize("width", [20, FEW_ROWS_WIDTH + 8])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_narrow_and_wide_weights(rows: int, width: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, width, device=DEVICE), torch.randn(9, width, device=DEVICE)
+    torch.testing.assert_close(launch(x, weight), reference(x, weight), atol=2e-4, rtol=2e-5)
 
 
 def test_half_precision() -> None:

@@ -110,6 +110,7 @@ class StepBuffers:
             block_size=block_size,
             longest=longest,
             ancestors=fields["ancestors"] if with_trees else None,
+            is_given=True,
         )
         return StepViews(fields["ids"], fields["source"], fields["positions"], fields["wanted"], fields["slots"], batch)
 

@@ -99,6 +99,7 @@ def all_cases(maker: Maker, sizes: Sizes) -> Iterator[Case]:
         yield attention_case(maker, sizes, rows, length, context)
     yield transfer_case(maker, sizes)
     for requests in sizes.requests:
+        yield block_start_case(maker, requests)
         yield markov_case(maker, sizes, requests)
         for name, temperature, top_k, top_p in (
             ("greedy", 0.0, 0, 1.0),
@@ -284,6 +285,41 @@ def transfer_case(maker: Maker, sizes: Sizes) -> Case:
     return Case(
         "pack_blocks", f"{count} blocks, {sizes.layers} layers", 4 * sizes.layers * count * held * maker.dtype.itemsize, make, waits=True
     )
+
+
+def block_start_case(maker: Maker, requests: int) -> Case:
+    """Where blocks of 7 begin behind a step of as many verified drafts, and their outcome as one tensor."""
+    import torch
+
+    from dspark.kernels import draft_rows as kernel
+
+    depth = 7
+
+    def make(seed: int) -> Calls:
+        generator = torch.Generator().manual_seed(seed)
+        count = requests * (depth + 1)
+
+        def numbers(high: int, *shape: int) -> Tensor:
+            return torch.randint(0, high, shape, generator=generator).to(maker.device)
+
+        first_rows, starts = (torch.arange(requests, device=maker.device) * width for width in (depth + 1, 16))
+        matched = numbers(2, count) > 0
+        step = kernel.StepEnd(numbers(1000, count), matched, first_rows, maker.full(depth, requests, torch.int64), depth)
+        paging = kernel.Paging(starts.to(torch.int32), numbers(64, 16 * requests).to(torch.int32), 16, depth + 1, depth)
+        bases, tokens = 1 + numbers(100, requests), numbers(1000, requests, depth)
+        confidence, margin = maker.normal(seed, requests, depth).float(), maker.normal(seed + 1, requests, depth).float()
+
+        def ours() -> object:
+            start = kernel.launch_begin(step.own, bases, paging, step)
+            return kernel.launch_pack(tokens, confidence, margin, start.anchors, start.positions)
+
+        def plain() -> object:
+            start = kernel.reference_after(step, bases, paging)
+            return kernel.reference_pack(tokens, confidence, margin, start.anchors, start.positions)
+
+        return Calls(ours, plain)
+
+    return Case("draft_rows", f"{requests} blocks of {depth}", requests * (depth + 1) * 80, make)
 
 
 def markov_case(maker: Maker, sizes: Sizes, requests: int) -> Case:

@@ -21,7 +21,7 @@ KERNELS = {
     "gather_taps",
     "judge_chains",
     "kv_store",
-    "markov_sample",
+    "draft_rows", "markov_sample",
     "pack_blocks",
     "rms_norm + residual",
     "rotary + head norms",

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dspark.bench.kernel_cases import SMALL, Maker, all_cases, sampling_rows
-from dspark.kernels import kv_store, ragged_attention, sampling, small_linear
+from dspark.kernels import draft_rows, kv_store, ragged_attention, sampling, small_linear
 
 DIALECT = GPUTarget("cuda", 90, 32)
 
@@ -53,6 +53,9 @@ def main() -> None:
             case.make(0).ours()
         for wide in (small_linear.FEW_ROWS_WIDTH, 2 * small_linear.FEW_ROWS_WIDTH):
             small_linear.launch(maker.normal(0, 2, wide), maker.normal(0, 32, wide))
+        starts = [torch.zeros(*shape, dtype=torch.int64) for shape in ((2,), (2, 7), (2, 8), (2, 8))]
+        fields = (torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64), *(torch.zeros(16, dtype=torch.int32),) * 2)
+        draft_rows.launch_place(draft_rows.StepRows(*fields), (starts[0], starts[1], starts[2], starts[3]), 2, 8)
         logits, rows = maker.normal(0, 2, 64), sampling_rows(maker, 2, (1.0, 5, 0.9))
         sampling.write_laws(logits, rows, sampling.settle(logits, rows))
     print(" ".join(sorted(compiled)))

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.buckets import graph_sizes
+from dspark.kernels.draft_rows import BlockStart, Paging, StepEnd, begin, begin_after, pack
 from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.kv_store import Projected, rotate_and_store, store_kv
 from dspark.kernels.paged_attention import AttentionShape
@@ -120,6 +121,8 @@ class DraftGraphs:
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
         columns = 3 * module.config.block_size + 2
         self._outcomes = [torch.zeros(max_rows * columns, dtype=torch.float64, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
+        num_slots = module.config.num_slots
+        self._starts = torch.arange(0, max_rows * num_slots + 1, num_slots, dtype=torch.int32, device=pools.device)
         self._turn = 0
         self._replays: dict[tuple[int, int], Callable[[], GraphDraft]] = {}
 
@@ -171,65 +174,55 @@ class DraftGraphs:
         found = self._replays[size, key]()
         return found, Outcome(found.outcome, self._outcomes[self._turn], self._module.config.block_size)
 
-    def _fields(self, size: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _fields(self, size: int) -> tuple[dict[str, Tensor], Paging]:
         """The device's fields of so many rows, and their tables."""
         spans, tables = self._spans(size)
         fields = {name: self._device[slice(*span)] for name, span in spans.items()}
-        return fields | {name: fields[name].view(torch.int64) for name in INT64_FIELDS}, self._device[tables:]
+        paging = Paging(
+            fields["table_starts"], self._device[tables:], self._pools.block_size, self._num_places, self._module.config.num_slots
+        )
+        return fields | {name: fields[name].view(torch.int64) for name in INT64_FIELDS}, paging
 
     def _program(self, size: int, width: int) -> Callable[[], GraphDraft]:
         """Draft from anchors that the host knows."""
-        fields, tables = self._fields(size)
+        fields, paging = self._fields(size)
         rows = DrawRows(fields["temperatures"].view(torch.float32), fields["seeds"], fields["base_lens"], fields["coupled"])
 
         def run() -> GraphDraft:
             draw = dataclasses.replace(rows, coupled=rows.coupled != 0)
-            return self._draft(size, width, draw, fields["anchors"], fields["positions"], fields["table_starts"], tables)
+            return self._draft(width, draw, begin(fields["anchors"], fields["positions"], paging), paging)
 
         return run
 
     def _continuing(self, size: int, own: Tensor, matched: Tensor) -> Callable[[], GraphDraft]:
         """Draft greedily from anchors that the last step of the target left."""
-        fields, tables = self._fields(size)
-        depths = torch.arange(self._module.config.block_size, device=self._pools.device)
+        fields, paging = self._fields(size)
         zeros = torch.zeros(size, dtype=torch.int64, device=self._pools.device)
         rows = DrawRows(zeros.float(), zeros, zeros, zeros != 0)
+        step = StepEnd(own, matched, fields["first_rows"], fields["drafted"], self._module.config.block_size)
 
         def run() -> GraphDraft:
-            first, bases = fields["first_rows"], fields["positions"]
-            at = (first.unsqueeze(1) + depths).clamp(max=own.shape[0] - 1)
-            stands = matched[at] & (depths < fields["drafted"].unsqueeze(1))
-            accepted = stands.long().cumprod(1).sum(1)
-            anchors = own.index_select(0, first + accepted)
-            positions = torch.where(bases > 0, bases + accepted, 0)
-            return self._draft(size, GREEDY_WIDTH, rows, anchors, positions, fields["table_starts"], tables)
+            return self._draft(GREEDY_WIDTH, rows, begin_after(step, fields["positions"], paging), paging)
 
         return run
 
-    def _draft(
-        self, size: int, width: int, rows: DrawRows, anchors: Tensor, positions: Tensor, table_starts: Tensor, tables: Tensor
-    ) -> GraphDraft:
-        """The block of every row, whose anchor sits at ``positions`` (0: padding; no anchor is a request's first token)."""
+    def _draft(self, width: int, rows: DrawRows, start: BlockStart, paging: Paging) -> GraphDraft:
+        """The block of every row (position 0 is padding: no anchor is a request's first token)."""
         config, pools = self._module.config, self._pools
-        num_slots, block_size = config.num_slots, pools.block_size
-        places = positions.unsqueeze(1) + torch.arange(self._num_places, device=pools.device)
-        blocks = tables.index_select(0, (table_starts.unsqueeze(1) + places // block_size).flatten()).view_as(places)
-        is_real = positions > 0
-        slots = torch.where(is_real.unsqueeze(1), blocks * block_size + places % block_size, -1)
         batch = RaggedBatch(
-            positions=places[:, :num_slots].flatten(),
-            starts=torch.arange(0, size * num_slots + 1, num_slots, dtype=torch.int32, device=pools.device),
-            contexts=torch.where(is_real, positions + num_slots, 0).to(torch.int32),
-            table_starts=table_starts,
-            tables=tables,
-            block_size=block_size,
-            longest=num_slots,
+            positions=start.block_places,
+            starts=self._starts[: start.contexts.shape[0] + 1],
+            contexts=start.contexts,
+            table_starts=paging.table_starts,
+            tables=paging.tables,
+            block_size=pools.block_size,
+            longest=config.num_slots,
         )
-        hidden = self._module.block_hidden(anchors, positions, RaggedContext(pools, batch, slots[:, :num_slots].flatten(), positions))
-        draft = draw_block(self._module, hidden, anchors, rows, width, max(HEAD_TOP_K, width))
-        numbers = (draft.tokens, draft.confidence, draft.margin, anchors.unsqueeze(1), positions.unsqueeze(1))
-        outcome = torch.cat([part.to(torch.float64) for part in numbers], dim=1)
-        return GraphDraft(draft, outcome, DeviceDrafts(anchors, draft.tokens, places, slots))
+        context = RaggedContext(pools, batch, start.block_slots, start.positions)
+        hidden = self._module.block_hidden(start.anchors, start.positions, context)
+        draft = draw_block(self._module, hidden, start.anchors, rows, width, max(HEAD_TOP_K, width))
+        outcome = pack(draft.tokens, draft.confidence, draft.margin, start.anchors, start.positions)
+        return GraphDraft(draft, outcome, DeviceDrafts(start.anchors, draft.tokens, start.places, start.slots))
 
     def _spans(self, size: int) -> tuple[dict[str, tuple[int, int]], int]:
         """Where the fields of so many rows lie, and where their tables begin, in 32-bit words."""

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dspark.kernels.draft_rows import StepRows, place_drafts
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.kernels.ragged_attention import RaggedBatch, row_ancestors
 from dspark.types import DeviceDrafts
@@ -83,6 +84,7 @@ class StepBuffers:
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
         self._words: list[NDArray[np.int32]] = [pinned.numpy() for pinned in self._pinned]
         self._turn = 0
+        self._rows: dict[int, StepRows] = {}  # the fields that drafts go to, by the size of a step
         self._own_tokens = self._device[: 2 * max_tokens].view(torch.int64)
         self.matched = torch.zeros(max_tokens, dtype=torch.bool, device=device)  # whether the token behind a wanted one is its best
 
@@ -161,16 +163,12 @@ class StepBuffers:
 
     def overwrite(self, num_tokens: int, drafts: DeviceDrafts, num_rows: int, row_tokens: int) -> None:
         """Put anchors and drafts into a step that was filled: ``num_rows`` rows of ``row_tokens`` tokens each, behind one another."""
-        plan = layout(num_tokens, self.rows_for(num_tokens))
-        whole = self._device[self._own_words :]
-        fields = {name: whole[slice(*plan.spans[name])] for name in ("ids", "positions", "slots", "contexts")}
-        count = num_rows * row_tokens
-        ids = fields["ids"].view(torch.int64)[:count].view(num_rows, row_tokens)
-        ids[:, 0].copy_(drafts.anchors[:num_rows])
-        ids[:, 1:].copy_(drafts.tokens[:num_rows, : row_tokens - 1])
-        fields["positions"].view(torch.int64)[:count].view(num_rows, row_tokens).copy_(drafts.places[:num_rows, :row_tokens])
-        fields["slots"][:count].view(num_rows, row_tokens).copy_(drafts.slots[:num_rows, :row_tokens])
-        fields["contexts"][:num_rows].copy_(drafts.places[:num_rows, 0] + row_tokens)
+        if num_tokens not in self._rows:
+            plan = layout(num_tokens, self.rows_for(num_tokens))
+            fields = {name: self._device[self._own_words :][slice(*span)] for name, span in plan.spans.items()}
+            ids, positions = (fields[name].view(torch.int64) for name in ("ids", "positions"))
+            self._rows[num_tokens] = StepRows(ids, positions, fields["slots"], fields["contexts"])
+        place_drafts(self._rows[num_tokens], (drafts.anchors, drafts.tokens, drafts.places, drafts.slots), num_rows, row_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Triton code of ``rms_norm``, ``rotary``, ``swiglu`` and ``tap_projection``; imported when a kernel is first launched, never before.
+"""Triton code of ``rms_norm``, ``rotary``, ``swiglu``, ``tap_projection`` and ``step_end``; imported when a kernel is first launched.
 
 Sums and products are taken in fp32 and rounded once, when a result is stored.
 """
@@ -75,6 +75,31 @@ def rotate(
     target = out + (token * HEADS + head) * 2 * HALF + place
     tl.store(target, (left * cos_left - right * sin_left).to(out.dtype.element_ty), mask=inside)
     tl.store(target + HALF, (right * cos_right + left * sin_right).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def angles(positions, frequencies, cos, sin, scale, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Cosine and sine of a token's angles, both halves of a head alike."""
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < HALF
+    angle = tl.load(positions + token).to(tl.float32) * tl.load(frequencies + place, mask=inside, other=0.0)
+    turned = (tl.cos(angle) * scale).to(cos.dtype.element_ty)
+    tl.store(cos + token * 2 * HALF + place, turned, mask=inside)
+    tl.store(cos + token * 2 * HALF + HALF + place, turned, mask=inside)
+    turned = (tl.sin(angle) * scale).to(cos.dtype.element_ty)
+    tl.store(sin + token * 2 * HALF + place, turned, mask=inside)
+    tl.store(sin + token * 2 * HALF + HALF + place, turned, mask=inside)
+
+
+@triton.jit
+def note_best(best, ids, wanted, own, matched, num_tokens, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num_tokens
+    token = tl.load(best + place, mask=inside, other=0)
+    behind = tl.minimum(tl.load(wanted + place, mask=inside, other=0) + 1, num_tokens - 1)
+    tl.store(own + place, token, mask=inside)
+    tl.store(matched + place, token == tl.load(ids + behind, mask=inside, other=-1), mask=inside)
 
 
 @triton.jit

@@ -7,7 +7,8 @@
     query_norm, key_norm  [D]            weights of an RMSNorm over D (Qwen3), or None
     out       [T, H + Hkv, D]            queries, then keys
 
-Computed in fp32 by the kernel, in the dtype of ``heads`` by the reference.
+Computed in fp32 by the kernel, in the dtype of ``heads`` by the reference. ``cos_sin`` makes cos and sin [T, D] from positions [T] and
+frequencies [D / 2] fp32, whose factor ``scale`` some kinds of scaling use.
 """
 
 from __future__ import annotations
@@ -77,3 +78,29 @@ def launch(heads: Tensor, cos: Tensor, sin: Tensor, num_query: int, num_key: int
             BLOCK=next_power_of_2(dim // 2),
         )
     return out
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D] of positions [T]."""
+    return (launch_cos_sin if positions.is_cuda else reference_cos_sin)(positions, frequencies, scale, dtype)
+
+
+def reference_cos_sin(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``cos_sin`` in plain torch."""
+    angles = positions.unsqueeze(-1).to(torch.float32) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def launch_cos_sin(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``cos_sin`` by the Triton kernel, a program for every token."""
+    from triton import next_power_of_2
+
+    from dspark.kernels.layer_triton import angles
+
+    tokens, half = positions.shape[0], frequencies.shape[0]
+    assert positions.is_contiguous()
+    cos, sin = (torch.empty(tokens, 2 * half, dtype=dtype, device=positions.device) for _ in range(2))
+    if tokens:
+        angles[(tokens,)](positions, frequencies, cos, sin, scale, HALF=half, BLOCK=next_power_of_2(half), num_warps=1)
+    return cos, sin

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block, largest
 from dspark.workers.drafter.dspark_module import DSparkModule
-from dspark.workers.drafter.fused import fuse_layers
+from dspark.workers.drafter.fused import fuse_context, fuse_layers
 from dspark.workers.drafter.module_config import HeadType, LayerMask, LayerStyle
 from dspark.workers.drafter.paged_context import DraftPools, PagedContext
 
@@ -229,8 +229,18 @@ def test_fused_layers_draft_the_same(changes: dict[str, Any]) -> None:
         *(each.context_kv(each.project(taps[0]), torch.arange(9)) for each in (module, fused)), strict=True
     ):
         torch.testing.assert_close((fused_k, fused_v), (k, v), atol=1e-5, rtol=1e-4)
+    features, positions, slots = module.project(taps[0]), torch.arange(9), torch.arange(9).flip(0) + 3
+    slots[4] = -1
+    pools, context = DraftPools(module.config, 2, 16, features.dtype, features.device), fuse_context(fused)
+    assert context is not None
+    context.store(features, fused.rotary(positions, features.dtype), pools, slots)
+    for layer, (k, v) in enumerate(module.context_kv(features, positions)):
+        for pool, values in zip(pools.layer(layer), (k, v), strict=True):
+            torch.testing.assert_close(pool[slots[slots >= 0]], values[slots >= 0], atol=1e-5, rtol=1e-4)
+            assert not pool[:3].any()
 
 
 def test_layers_of_another_kind_are_not_fused() -> None:
     assert not fuse_layers(tiny_module(style=LayerStyle.GEMMA4))
+    assert fuse_context(tiny_module()) is None
     assert not fuse_layers(tiny_module(activation="gelu"))

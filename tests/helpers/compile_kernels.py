@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dspark.bench.kernel_cases import SMALL, Maker, all_cases, sampling_rows
-from dspark.kernels import draft_rows, kv_store, ragged_attention, sampling, small_linear
+from dspark.kernels import draft_rows, kv_store, ragged_attention, rotary, sampling, small_linear, step_end
 
 DIALECT = GPUTarget("cuda", 90, 32)
 
@@ -56,6 +56,8 @@ def main() -> None:
         starts = [torch.zeros(*shape, dtype=torch.int64) for shape in ((2,), (2, 7), (2, 8), (2, 8))]
         fields = (torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64), *(torch.zeros(16, dtype=torch.int32),) * 2)
         draft_rows.launch_place(draft_rows.StepRows(*fields), (starts[0], starts[1], starts[2], starts[3]), 2, 8)
+        rotary.launch_cos_sin(fields[0], torch.ones(8), 1.0, dtype)
+        step_end.launch(fields[0], fields[0], fields[0], fields[1], torch.zeros(16, dtype=torch.bool))
         logits, rows = maker.normal(0, 2, 64), sampling_rows(maker, 2, (1.0, 5, 0.9))
         sampling.write_laws(logits, rows, sampling.settle(logits, rows))
     print(" ".join(sorted(compiled)))

@@ -7,7 +7,7 @@ import torch
 from helpers.kernel_checks import DEVICE, DTYPES, assert_close_to_exact, random, strided
 from torch import Tensor
 
-from dspark.kernels import rms_norm, rotary, swiglu, tap_projection
+from dspark.kernels import rms_norm, rotary, step_end, swiglu, tap_projection
 
 pytest.importorskip("triton")
 
@@ -48,6 +48,30 @@ def test_rotary(dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim:
     turned = rotary.launch(merged, cos, sin, heads, kv_heads, norms)
     assert_close_to_exact(turned, rotary.reference(merged.double(), cos.double(), sin.double(), heads, kv_heads, exact_norms))
     assert torch.equal(merged, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("half", [4, 24])
+def test_angles_of_positions(dtype: torch.dtype, half: int) -> None:
+    positions = torch.tensor([0, 1, 7, 4095, 100_003], device=DEVICE)
+    frequencies = 1.0 / 10_000.0 ** (torch.arange(half, device=DEVICE) / half)
+    wanted = rotary.reference_cos_sin(positions, frequencies, 1.25, dtype)
+    for ours, theirs in zip(rotary.launch_cos_sin(positions, frequencies, 1.25, dtype), wanted, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0.0)
+
+
+def test_best_tokens_are_kept_and_compared_with_the_tokens_behind() -> None:
+    torch.manual_seed(0)
+    best, ids = torch.randint(0, 3, (300,), device=DEVICE), torch.randint(0, 3, (300,), device=DEVICE)
+    wanted = torch.cat((torch.randint(0, 300, (290,), device=DEVICE), torch.full((10,), 299, device=DEVICE)))
+    found, expected = (
+        (torch.empty(300, dtype=torch.int64, device=DEVICE), torch.empty(300, dtype=torch.bool, device=DEVICE)) for _ in range(2)
+    )
+    step_end.launch(best, ids, wanted, *found)
+    step_end.reference(best, ids, wanted, *expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

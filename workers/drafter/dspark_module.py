@@ -33,7 +33,7 @@ class DSparkModule(GraftedModule):
         self.norm = RMSNorm(d, config.rms_norm_eps)
         self.markov_head = None if config.head_type is HeadType.NONE else MarkovHead(config)
         self.confidence_head = ConfidenceHead(config) if config.has_confidence else None
-        self.rotary = Rotary(config)
+        self.rotary: nn.Module = Rotary(config)
         self.confidence_temperatures: Tensor | None = None  # [γ], from calibration
 
     def context_kv(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -5,21 +5,24 @@ The same function as ``DraftLayer`` in Qwen3's arrangement, whose modules it rep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.kernels.kv_store import Projected
+from dspark.kernels.kv_store import Projected, rotate_and_store
 from dspark.kernels.merged_linear import add_product, merge
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
-from dspark.kernels.rotary import HeadNorms, rotate_heads
+from dspark.kernels.rotary import HeadNorms, cos_sin, rotate_heads
 from dspark.kernels.small_linear import FEW_ROWS_WIDTH, MAX_ROWS, small_linear
 from dspark.kernels.swiglu import swiglu
 from dspark.workers.drafter.draft_graphs import RaggedContext
 from dspark.workers.drafter.dspark_module import DSparkModule
-from dspark.workers.drafter.layers import BlockContext, DraftAttention, DraftLayer
+from dspark.workers.drafter.layers import BlockContext, DraftAttention, DraftLayer, Rotary
 from dspark.workers.drafter.module_config import LayerStyle
+from dspark.workers.drafter.paged_context import DraftPools
 
 
 class FusedDraftAttention(nn.Module):
@@ -94,6 +97,50 @@ class FusedDraftLayer(nn.Module):
         return small_linear(inner, self.down_proj.weight, self.down_proj.bias, residual=flat)
 
 
+class FusedRotary(nn.Module):
+    """``Rotary`` in one launch."""
+
+    def __init__(self, rotary: Rotary) -> None:
+        super().__init__()
+        self._rotary = rotary
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., 1, D] of positions [...]."""
+        frequencies = self._rotary.frequencies(positions.device)
+        parts = cos_sin(positions.flatten(), frequencies, self._rotary.scale, dtype)
+        cos, sin = (part.view(*positions.shape, 1, -1) for part in parts)
+        return cos, sin
+
+
+class FusedContext:
+    """Keys and values of all layers from the same features: one product, and one launch a layer that turns and stores them."""
+
+    def __init__(self, layers: Sequence[FusedDraftLayer]) -> None:
+        attentions = [layer.self_attn for layer in layers]
+        first = attentions[0]
+        begin = first.num_heads * first.head_dim
+        self._weight = torch.cat([attention.weight[begin:] for attention in attentions])
+        biases = [attention.bias for attention in attentions]
+        self._bias = torch.cat([bias[begin:] for bias in biases if bias is not None]) if all(b is not None for b in biases) else None
+        self._norms = [attention.norms for attention in attentions]
+        self._shape = (len(attentions), 2 * first.num_kv_heads, first.head_dim)
+        self._num_kv_heads = first.num_kv_heads
+
+    def store(self, features: Tensor, cos_sin: tuple[Tensor, Tensor], pools: DraftPools, slots: Tensor) -> None:
+        """Put keys and values of features [N, d] to slots [N] (-1: nowhere); cos and sin [N, 1, D]."""
+        heads = F.linear(features, self._weight, self._bias).view(-1, *self._shape)
+        cos, sin = (part.squeeze(-2) for part in cos_sin)
+        for layer, norms in enumerate(self._norms):
+            new = Projected(heads[:, layer], cos, sin, 0, self._num_kv_heads, norms)
+            rotate_and_store(new, *pools.layer(layer), slots)
+
+
+def fuse_context(module: DSparkModule) -> FusedContext | None:
+    """The context's keys and values of a module whose layers are fused; None for others."""
+    layers = [layer for layer in module.layers if isinstance(layer, FusedDraftLayer)]
+    return FusedContext(layers) if layers and len(layers) == len(module.layers) else None
+
+
 def fuse_layers(module: DSparkModule) -> bool:
     """Replace a module's layers by fused ones where they are of Qwen3's kind; whether it did."""
     config = module.config
@@ -101,4 +148,5 @@ def fuse_layers(module: DSparkModule) -> bool:
         return False
     for index, layer in enumerate(module.layers):
         module.layers[index] = FusedDraftLayer(cast(DraftLayer, layer), config.num_heads, config.num_kv_heads)
+    module.rotary = FusedRotary(cast(Rotary, module.rotary))
     return True

@@ -26,6 +26,7 @@ from dspark.workers.drafter.draft_graphs import (
     spare_blocks,
 )
 from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.fused import fuse_context
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.paged_context import DraftPools
 
@@ -35,9 +36,13 @@ class ContextFeed:
 
     def __init__(self, module: DSparkModule, pools: DraftPools) -> None:
         self._module, self._pools = module, pools
+        self._fused = fuse_context(module)
 
     def __call__(self, taps: Tensor, positions: Tensor, slots: Tensor) -> None:
         features = self._module.project(taps)
+        if self._fused is not None:
+            self._fused.store(features, self._module.rotary(positions, features.dtype), self._pools, slots)
+            return
         for layer, (k, v) in enumerate(self._module.context_kv(features, positions)):
             store_kv(k, v, *self._pools.layer(layer), slots)
 

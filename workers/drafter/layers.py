@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dspark.errors import ConfigError
+from dspark.kernels.rotary import reference_cos_sin
 from dspark.workers.drafter.module_config import LayerStyle, ModuleConfig
 
 # The other types change with the length of the text, and KV of earlier tokens could not be kept.
@@ -63,11 +64,14 @@ class Rotary(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [..., 1, D] of positions [...], ready to multiply [..., heads, D]."""
-        if positions.device not in self._frequencies:
-            self._frequencies[positions.device] = next(iter(self._frequencies.values())).to(positions.device)
-        angles = positions.unsqueeze(-1).to(torch.float32) * self._frequencies[positions.device]
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        cos, sin = reference_cos_sin(positions, self.frequencies(positions.device), self.scale, dtype)
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """[D / 2] fp32 on a device."""
+        if device not in self._frequencies:
+            self._frequencies[device] = next(iter(self._frequencies.values())).to(device)
+        return self._frequencies[device]
 
 
 def rope_frequencies(config: ModuleConfig) -> tuple[Tensor, float]:

@@ -19,14 +19,18 @@ from dspark.kernels.kv_store import Projected
 from dspark.kernels.merged_linear import add_product, merge
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.rms_norm import add_rms_norm, rms_norm
-from dspark.kernels.rotary import HeadNorms, rotate_heads
+from dspark.kernels.rotary import HeadNorms, cos_sin, rotate_heads
 from dspark.kernels.small_linear import MAX_ROWS, small_linear
 from dspark.kernels.swiglu import swiglu
 from dspark.workers.verifier.attention import QKV, AttentionStep, RaggedStep
 from dspark.workers.verifier.parallel.sharding import RowParallel
 from dspark.workers.verifier.targets import Target
 
-FUSABLE = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen3DecoderLayer"}
+FAMILIES = ("Llama", "Mistral", "Qwen3")
+FUSABLE = {f"{family}DecoderLayer" for family in FAMILIES}
+FUSABLE_NORMS = {f"{family}RMSNorm" for family in FAMILIES}
+FUSABLE_ROTARIES = {f"{family}RotaryEmbedding" for family in FAMILIES}
+STATIC_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # others change with the length of the text
 
 
 class FusedLayer(nn.Module):
@@ -93,13 +97,42 @@ class FusedLayer(nn.Module):
         return step.attend(self.layer_idx, tensors, self.shape, None).reshape(tokens, -1)
 
 
+class FusedNorm(nn.Module):
+    """The norm behind the last layer, [1, T, d] -> [1, T, d], in one launch."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states[0], self.weight, self.eps).unsqueeze(0)
+
+
+class FusedRotary(nn.Module):
+    """cos and sin [1, T, D] of positions [1, T] in one launch, for frequencies that no text changes."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.frequencies, self.scale = rotary.inv_freq, float(rotary.attention_scaling)
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos_sin(position_ids[0], self.frequencies, self.scale, hidden_states.dtype)
+        return cos.unsqueeze(0), sin.unsqueeze(0)
+
+
 def fuse(target: Target) -> bool:
-    """Replace a target's decoder layers by fused ones where their class is known; whether it did."""
+    """Replace a target's decoder layers by fused ones where their class is known, and what lies around them; whether it did."""
     layers = target.decoder_layers()
     if not all(type(layer).__name__ in FUSABLE and _is_plain(layer) for layer in layers):
         return False
     for index, layer in enumerate(layers):
         layers[index] = FusedLayer(layer)
+    decoder: Any = target.model.get_decoder()  # type: ignore[no-untyped-call]
+    if type(decoder.norm).__name__ in FUSABLE_NORMS:
+        decoder.norm = FusedNorm(decoder.norm)
+    rotary = decoder.rotary_emb
+    if type(rotary).__name__ in FUSABLE_ROTARIES and rotary.rope_type in STATIC_ROPE_TYPES:
+        decoder.rotary_emb = FusedRotary(rotary)
     return True
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dspark.errors import ConfigError
 from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.small_linear import MAX_ROWS
+from dspark.kernels.step_end import note_best
 from dspark.kernels.top import first_argmax
 from dspark.types import DeviceDrafts
 from dspark.workers.blocks import BlockPool
@@ -141,10 +142,11 @@ class GraphForward(Forward):
             step = RaggedStep(self.store, views.batch, views.slots)
             ids = buffers.gather_ids(views)
             output = self.forward(ids, views.positions, views.wanted, step)
-            buffers.own[:size].copy_(first_argmax(output.logits))
+            best = first_argmax(output.logits)
             if sizes.with_matches:
-                behind = ids.index_select(0, (views.wanted + 1).clamp(max=size - 1))
-                buffers.matched[:size].copy_(buffers.own[:size] == behind)
+                note_best(best, ids, views.wanted, buffers.own[:size], buffers.matched[:size])
+            else:
+                buffers.own[:size].copy_(best)
             taps = None if output.taps is None or self.feed is not None else self._kept("taps", output.taps)
             return StepOutput(self._kept("logits", output.logits), taps)
 

@@ -189,7 +189,7 @@ def assemble(
 
 def uses_graphs(config: EngineConfig, target: Target) -> bool:
     """Whether steps run from CUDA graphs."""
-    return target.device.type == "cuda" and (target.ranks is None or target.ranks.can_replay) and config.graph_tokens > 0
+    return target.device.type == "cuda" and config.graph_tokens > 0
 
 
 def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafter: Drafter, progress: Progress) -> GraphOptions | None:

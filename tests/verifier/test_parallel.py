@@ -18,6 +18,7 @@ from helpers.ranks import ThreadLauncher, on_ranks
 
 from dspark.config import EngineConfig
 from dspark.errors import ConfigError
+from dspark.kernels.graphs import plain_calls
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, DraftTree, DraftTurn, Request
@@ -43,6 +44,7 @@ from dspark.workers.verifier.parallel.messages import (
 )
 from dspark.workers.verifier.parallel.sharding import ExpertLoad, SplitHead, split_model
 from dspark.workers.verifier.parallel.whole_blocks import cut, joined
+from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.targets import Target, as_target, own_logits, paged_logits
 
 PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(5 + 14 * i)] for i in range(3)}
@@ -282,14 +284,17 @@ def test_padding_is_no_load() -> None:
     routing = torch.tensor([[0, 1], [1, 3], [2, 2]])
     load.count(routing)
     assert load.tokens.tolist() == [0, 0, 0, 0], "nothing is counted outside of steps"
-    load.num_real = 2
-    load.count(routing)
-    assert load.tokens.tolist() == [1, 2, 0, 1]
+    for slots in ([7, 4], [7, 4, -1]):
+        load.clear()
+        with load.counting(torch.tensor(slots), 3):
+            load.count(routing)
+        assert load.tokens.tolist() == [1, 2, 0, 1]
 
 
-def test_expert_load_counts_real_tokens(both: tuple[Target, Target]) -> None:
+@pytest.mark.parametrize("graphs", [None, GraphOptions(plain_calls, max_tokens=48, max_rows=8, max_model_len=256)], ids=["plain", "graphs"])
+def test_expert_load_counts_real_tokens(both: tuple[Target, Target], graphs: GraphOptions | None) -> None:
     _, parallel = both
-    engine = engine_on(parallel, "none")
+    engine = engine_on(parallel, "none", graphs=graphs)
     ranks = parallel.ranks
     assert ranks is not None
     before = ranks.stats()

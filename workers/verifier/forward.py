@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,7 +89,11 @@ class Forward:
 
     def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: PagedStep | RaggedStep) -> StepOutput:
         """The same from tensors: ids, positions [T], wanted [L]."""
-        output = self.target.model(ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, logits_to_keep=wanted, step=step)
+        ranks = self.target.ranks
+        with nullcontext() if ranks is None else ranks.counting(step.slots, ids.shape[0]):
+            output = self.target.model(
+                ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, logits_to_keep=wanted, step=step
+            )
         if not self.taps:
             return StepOutput(output.logits[0], None)
         taps = torch.cat([step.taps[tap] for tap in self.taps], dim=-1)

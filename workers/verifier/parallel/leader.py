@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -120,11 +120,6 @@ class Ranks:
         """Tokens of KV that every rank has room for."""
         return agree_on_kv(self._spec, self._group, target)
 
-    @property
-    def can_replay(self) -> bool:
-        """Whether forwards may run from graphs: experts are chosen on the host."""
-        return self._load is None
-
     def start(self, graphs: GraphSizes | None) -> None:
         """Announce an empty KV pool and the graphs that the leader will capture next."""
         self._group.send(encode_start(graphs))
@@ -132,10 +127,12 @@ class Ranks:
     @contextmanager
     def step(self, inputs: StepInput) -> Iterator[None]:
         """Announce a forward; the leader runs its own inside."""
-        if self._load is not None:
-            self._load.num_real = len(inputs.ids)
         with self._announced(encode_step(inputs, BLOCK_SIZE)):
             yield
+
+    def counting(self, slots: Tensor, num_tokens: int) -> AbstractContextManager[None]:
+        """Inside a forward of the leader, which a graph may hold: count where its tokens go (slot -1 and beyond the last: padding)."""
+        return nullcontext() if self._load is None else self._load.counting(slots, num_tokens)
 
     def whole_shape(self, name: str, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape [block_size, heads, dim] that a block of a pool has in one rank, from that of this rank's share."""

@@ -13,6 +13,8 @@ differently from its shapes shows in the logits, which are compared with the who
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ class SplitHead(nn.Module):
 class SplitExperts(nn.Module):
     """A layer's experts: this rank's share of them works for the tokens that chose it; the sum over ranks is the layer's.
 
-    ``load`` [experts] counts the tokens that chose each expert; ``real`` says how many of a step's tokens are not padding.
+    ``load`` counts the tokens that chose each expert.
     """
 
     def __init__(self, experts: Any, group: RankGroup, load: ExpertLoad) -> None:
@@ -87,20 +89,28 @@ class ExpertLoad:
 
     def __init__(self, num_experts: int) -> None:
         self.tokens = torch.zeros(num_experts, dtype=torch.int64)
-        self.num_real: int | None = None  # tokens of the step that are not padding; None: nothing is counted
+        self._is_real: Tensor | None = None  # [T] the step's tokens that are not padding; None: nothing is counted
 
     def clear(self) -> None:
         """Count from here on."""
         self.tokens.zero_()
 
+    @contextmanager
+    def counting(self, slots: Tensor, num_tokens: int) -> Iterator[None]:
+        """A forward of so many tokens; ``slots`` are those of the first, -1 for padding. Nothing waits for the device."""
+        if self.tokens.device != slots.device:
+            self.tokens = self.tokens.to(slots.device)
+        self._is_real = F.pad(slots >= 0, (0, num_tokens - slots.shape[0])).to(torch.int64)
+        try:
+            yield
+        finally:
+            self._is_real = None
+
     def count(self, top_k_index: Tensor) -> None:
         """Note one layer's routing [T, k]."""
-        if self.num_real is None:
+        if self._is_real is None:
             return
-        chosen = top_k_index[: self.num_real].reshape(-1)
-        if self.tokens.device != chosen.device:
-            self.tokens = self.tokens.to(chosen.device)
-        self.tokens.scatter_add_(0, chosen, torch.ones_like(chosen))
+        self.tokens.scatter_add_(0, top_k_index.reshape(-1), self._is_real.repeat_interleave(top_k_index.shape[1]))
 
 
 def split_model(model: PreTrainedModel, group: RankGroup) -> ExpertLoad | None:

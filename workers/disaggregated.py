@@ -15,6 +15,7 @@ from dspark.deploy.default_model import default_cache, prepare
 from dspark.drafting import DraftLayout, OpenSession, TurnBatch
 from dspark.errors import ConfigError
 from dspark.kernels.device import use_device
+from dspark.kernels.graphs import CudaGraphs
 from dspark.sampling import SamplingParams
 from dspark.types import Drafter, DraftTurn
 from dspark.workers import build
@@ -24,8 +25,10 @@ from dspark.workers.drafter import checkpoint
 from dspark.workers.drafter.dialects import load_drafter, load_projection
 from dspark.workers.drafter.draft_links import DraftLinks
 from dspark.workers.drafter.dspark_module import DSparkModule
+from dspark.workers.drafter.fused import fuse_layers
 from dspark.workers.drafter.graft import graft
 from dspark.workers.drafter.grafted import FeatureProjection
+from dspark.workers.drafter.graph_worker import GraphWorkerDrafter
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.drafter.remote import Assign, RemoteDrafter
@@ -108,7 +111,7 @@ def load_draft_worker(config: EngineConfig, kv_tokens: int | None = None, progre
     if not isinstance(module, DSparkModule):
         raise ConfigError(f"drafter: {folder}: EAGLE-3 drafters are grafted onto their target only; draft workers drive DSpark and DFlash")
     pool = BlockPool(_kv_tokens(module, kv_tokens) // BLOCK_SIZE)
-    drafter = LocalDrafter(module, pool, law_width=config.draft_law_width)
+    drafter = _worker_drafter(config, module, pool, progress)
     worker = DraftWorker(drafter, pool)
     _warm_up(worker, config.max_num_seqs)
     describe = {
@@ -120,6 +123,21 @@ def load_draft_worker(config: EngineConfig, kv_tokens: int | None = None, progre
         "kv_capacity_bytes": drafter.pools.num_bytes,
     }
     return LoadedDraftWorker(DraftWorkerHost(worker, _layout(folder, head, module)), describe)
+
+
+def _worker_drafter(config: EngineConfig, module: DSparkModule, pool: BlockPool, progress: Progress) -> LocalDrafter:
+    """Drafts from graphs on a GPU, unless ``graph_tokens`` is 0. ConfigError if they do not fit."""
+    device = module.fc.weight.device
+    if device.type != "cuda" or not config.graph_tokens:
+        return LocalDrafter(module, pool, law_width=config.draft_law_width)
+    fuse_layers(module)
+    progress("capturing the drafter's graphs")
+    try:
+        drafter = GraphWorkerDrafter(module, pool, config.draft_law_width, config.max_num_seqs, module.config.max_positions)
+        drafter.prepare(CudaGraphs(progress))
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"too little memory is left on {device} for the drafter's graphs: lower draft_kv_tokens") from error
+    return drafter
 
 
 def _remote_drafter(folder: Path, config: EngineConfig, target: Target, pool: BlockPool, remote: RemoteDrafting) -> RemoteDrafter:

@@ -127,15 +127,16 @@ class DraftGraphs:
         self._replays: dict[tuple[int, int], Callable[[], GraphDraft]] = {}
 
     @torch.inference_mode()
-    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor]) -> None:
-        """Capture all sizes, the largest first. ``step_tokens``: where steps of the target leave ``own`` and ``matched``."""
+    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor] | None) -> None:
+        """Capture all sizes, the largest first. ``step_tokens``: where steps of a target leave ``own`` and ``matched``, if it is here."""
         empty = np.empty(0, dtype=np.int64)
         with nothing_collected():
             for size in self._sizes[::-1]:
                 self._send(size, [], empty, empty)
                 for width in self._widths:
                     self._replays[size, width] = capture(self._program(size, width))
-                self._replays[size, CONTINUING] = capture(self._continuing(size, *step_tokens))
+                if step_tokens is not None:
+                    self._replays[size, CONTINUING] = capture(self._continuing(size, *step_tokens))
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[DraftRow]) -> tuple[GraphDraft, Outcome]:

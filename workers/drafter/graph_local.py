@@ -27,7 +27,7 @@ from dspark.workers.drafter.draft_graphs import (
 )
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.fused import fuse_context
-from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.drafter.local import LocalDrafter, State
 from dspark.workers.drafter.paged_context import DraftPools
 
 
@@ -137,17 +137,7 @@ class GraphDrafter(LocalDrafter):
         if not request_ids:
             return
         states = [self._states[request_id] for request_id in request_ids]
-        rows = [
-            DraftRow(
-                anchor=state.anchor,
-                position=state.base_len - 1,
-                seed=state.noise_seed,
-                temperature=state.sampling.temperature,
-                is_coupled=state.sampling.rule is AcceptanceRule.COUPLED,
-                table=self._tables.table(request_id),
-            )
-            for request_id, state in zip(request_ids, states, strict=True)
-        ]
+        rows = [draft_row(state, self._tables.table(name)) for name, state in zip(request_ids, states, strict=True)]
         self._launched.append(_Launched(request_ids, *self._graphs.launch(rows)))
 
     def _settle(self) -> None:
@@ -168,3 +158,15 @@ class GraphDrafter(LocalDrafter):
                 request_id = blocks.request_ids[row]
                 law = None if state.sampling.is_exact else DraftLaw(ids[row], probs[row])
                 self._ready[request_id] = DraftTree.chain(request_id, state.base_len, tokens, confidence, law, margin)
+
+
+def draft_row(state: State, table: Sequence[int]) -> DraftRow:
+    """What a graph needs to know of a request."""
+    return DraftRow(
+        anchor=state.anchor,
+        position=state.base_len - 1,
+        seed=state.noise_seed,
+        temperature=state.sampling.temperature,
+        is_coupled=state.sampling.rule is AcceptanceRule.COUPLED,
+        table=table,
+    )

@@ -174,12 +174,23 @@ class LocalDrafter(GraftedDrafter[DSparkModule]):
         self._head_top_k = _resolve_top_k(head_top_k, self._device)
 
     def _store(self, fed: Sequence[tuple[DraftTurn, int]]) -> None:
+        features, slots, positions = self._context_rows(fed)
+        count = sum(count for _, count in fed)
+        for layer, (k, v) in enumerate(self.module.context_kv(features, positions)):
+            self.pools.write(layer, slots[:count], k[:count], v[:count])
+
+    def _context_rows(self, fed: Sequence[tuple[DraftTurn, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [n, d], slots [n] and positions [n] of all turns on the device; padding rows have the slot -1."""
         features = pad_rows(torch.cat([turn.features[:count] for turn, count in fed]).to(self._device, self._dtype))
-        slots = torch.cat([block_slots(self._tables, turn.request_id, turn.feature_start, count) for turn, count in fed]).to(self._device)
+        slots = torch.full((len(features),), -1, dtype=torch.int64)
         positions = torch.zeros(len(features), dtype=torch.int64)
-        positions[: len(slots)] = torch.cat([torch.arange(turn.feature_start, turn.feature_start + count) for turn, count in fed])
-        for layer, (k, v) in enumerate(self.module.context_kv(features, positions.to(self._device))):
-            self.pools.write(layer, slots, k[: len(slots)], v[: len(slots)])
+        begin = 0
+        for turn, count in fed:
+            part = slice(begin, begin + count)
+            slots[part] = block_slots(self._tables, turn.request_id, turn.feature_start, count)
+            positions[part] = torch.arange(turn.feature_start, turn.feature_start + count)
+            begin += count
+        return features, slots.to(self._device), positions.to(self._device)
 
     def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:
         """Chains and trees from one pass of the blocks."""

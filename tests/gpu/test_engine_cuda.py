@@ -1,6 +1,7 @@
 """The engine on a GPU, from CUDA graphs: tiny models in fp32 give the text that a CPU gives, real weights nearly always the best token.
 
-``DSPARK_CACHE`` names the folder with the prepared embedded model; without it the tests of real weights are skipped.
+``DSPARK_TEST_MODEL`` names the folder of the embedded model, prepared (``python -m dspark.deploy.default_model`` prints it); without it
+the tests of real weights are skipped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from helpers.engines import greedy, make_engine, run, tiny_target
 from transformers import AutoModelForCausalLM
 
 from dspark.config import EngineConfig
+from dspark.deploy.default_model import default_drafter
 from dspark.kernels.graphs import CudaGraphs, nothing_collected
 from dspark.sampling import SamplingParams
 from dspark.types import Request
@@ -29,7 +31,7 @@ from dspark.workers.verifier.targets import Target, as_target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(3 + 9 * i)] for i in range(8)}
-CACHE = os.environ.get("DSPARK_CACHE")
+MODEL = os.environ.get("DSPARK_TEST_MODEL")
 AGREEMENT = 0.97  # of tokens with the best of a forward of another shape, in bf16
 
 
@@ -39,6 +41,11 @@ def memory_goes_back() -> Iterator[None]:
     yield
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def embedded(**settings: Any) -> EngineConfig:
+    """The embedded model with its drafter."""
+    return EngineConfig(model=MODEL, drafter=str(default_drafter()), **settings)
 
 
 def on_gpu(name: str) -> Target:
@@ -73,12 +80,10 @@ def test_a_grafted_drafter_in_graphs_changes_no_text(speculation: str) -> None:
     assert engine.counters.drafted > 0
 
 
-@pytest.mark.skipif(CACHE is None, reason="DSPARK_CACHE is not set")
+@pytest.mark.skipif(MODEL is None, reason="DSPARK_TEST_MODEL is not set")
 @pytest.mark.parametrize("speculation", ["off", "static:5", "adaptive"])
 def test_real_weights_agree_with_teacher_forcing(speculation: str) -> None:
-    settings = EngineConfig(
-        speculation=speculation, max_num_seqs=32, kv_tokens=1 << 16, profile=speculation == "adaptive", profile_cache=False
-    )
+    settings = embedded(speculation=speculation, max_num_seqs=32, kv_tokens=1 << 16, profile=speculation == "adaptive", profile_cache=False)
     warnings: list[str] = []
     loaded = load_engine(settings, lambda line: warnings.append(line) if "WARNING" in line else None)
     assert not any("graphs" in line for line in warnings), warnings
@@ -107,10 +112,10 @@ def _best(model: Any, prompt: tuple[int, ...], output: list[int]) -> list[int]:
     return best
 
 
-@pytest.mark.skipif(CACHE is None, reason="DSPARK_CACHE is not set")
+@pytest.mark.skipif(MODEL is None, reason="DSPARK_TEST_MODEL is not set")
 def test_memory_holds_at_full_kv_and_longest_prompts() -> None:
     """As much KV as start-up finds room for, all places taken by prompts of the longest kind, sampled from truncated laws."""
-    loaded = load_engine(EngineConfig(speculation="static:5", max_num_seqs=64, max_model_len=8192, profile=False))
+    loaded = load_engine(embedded(speculation="static:5", max_num_seqs=64, max_model_len=8192, profile=False))
     try:
         engine = loaded.engine
         sampling = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=8, ignore_eos=True)

@@ -1,6 +1,6 @@
 """The engine on a GPU, from CUDA graphs: tiny models in fp32 give the text that a CPU gives, real weights nearly always the best token.
 
-``DSPARK_TEST_MODEL`` names the folder of the embedded model, prepared (``python -m dspark.deploy.default_model`` prints it); without it
+``GPU_TEST_MODEL`` names the folder of the embedded model, prepared (``python -m dspark.deploy.default_model`` prints it); without it
 the tests of real weights are skipped.
 """
 
@@ -31,7 +31,7 @@ from dspark.workers.verifier.targets import Target, as_target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 PROMPTS = {f"r{i}": [3 + (7 * i + j) % 150 for j in range(3 + 9 * i)] for i in range(8)}
-MODEL = os.environ.get("DSPARK_TEST_MODEL")
+MODEL = os.environ.get("GPU_TEST_MODEL")
 AGREEMENT = 0.97  # of tokens with the best of a forward of another shape, in bf16
 
 
@@ -80,7 +80,7 @@ def test_a_grafted_drafter_in_graphs_changes_no_text(speculation: str) -> None:
     assert engine.counters.drafted > 0
 
 
-@pytest.mark.skipif(MODEL is None, reason="DSPARK_TEST_MODEL is not set")
+@pytest.mark.skipif(MODEL is None, reason="GPU_TEST_MODEL is not set")
 @pytest.mark.parametrize("speculation", ["off", "static:5", "adaptive"])
 def test_real_weights_agree_with_teacher_forcing(speculation: str) -> None:
     settings = embedded(speculation=speculation, max_num_seqs=32, kv_tokens=1 << 16, profile=speculation == "adaptive", profile_cache=False)
@@ -112,7 +112,7 @@ def _best(model: Any, prompt: tuple[int, ...], output: list[int]) -> list[int]:
     return best
 
 
-@pytest.mark.skipif(MODEL is None, reason="DSPARK_TEST_MODEL is not set")
+@pytest.mark.skipif(MODEL is None, reason="GPU_TEST_MODEL is not set")
 def test_memory_holds_at_full_kv_and_longest_prompts() -> None:
     """As much KV as start-up finds room for, all places taken by prompts of the longest kind, sampled from truncated laws."""
     loaded = load_engine(embedded(speculation="static:5", max_num_seqs=64, max_model_len=8192, profile=False))

@@ -93,7 +93,8 @@ class ExpertLoad:
 
     def clear(self) -> None:
         """Count from here on."""
-        self.tokens.zero_()
+        with torch.inference_mode():  # as the forwards that count, whose graphs hold the tensor
+            self.tokens.zero_()
 
     @contextmanager
     def counting(self, slots: Tensor, num_tokens: int) -> Iterator[None]:

@@ -5,7 +5,7 @@ request goes one position further. So the device computes step t + 1 while the h
 part in step t + 1 for nothing; its token is dropped, and what it wrote lies in blocks that later steps write before they read.
 
 That holds while nothing but plain decoding happens: all running requests take the target's best token, draft nothing, and nobody
-could be let in. Anything else ends it: the step under way lands, and the next one is planned as ever.
+is let in (``gate.py``). Anything else ends it: the step under way lands, and the next one is planned as ever.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dspark.types import DeviceDrafts, VerifyPlan
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.forward import BestTokens
+from dspark.workers.verifier.gate import Gate
 from dspark.workers.verifier.runner import Runner, StepResult
 from dspark.workers.verifier.scheduler import Scheduler
 from dspark.workers.verifier.sequence import Sequence
@@ -52,9 +53,10 @@ class DraftedFlight:
 
 
 class RunAhead:
-    """Launches plain steps early. ``can_run``: the drafter needs nothing of them on the host."""
+    """Launches plain steps early. ``can_run``: the drafter needs nothing of them on the host; ``gate``: when others are let in."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, pool: BlockPool, max_model_len: int, can_run: bool) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, pool: BlockPool, max_model_len: int, can_run: bool, gate: Gate) -> None:
+        self._gate = gate
         self._max_model_len = max_model_len
         self._runner = runner
         self._scheduler = scheduler
@@ -113,16 +115,20 @@ class RunAhead:
         return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(drafts, tables, num_drafts))
 
     def _is_alone(self, sequences: list[Sequence]) -> bool:
-        """Whether these are all that runs, and nobody could be let in beside them."""
+        """Whether these are all that runs, and nobody is to be let in beside them."""
+        running = self._scheduler.running
+        return len(sequences) == len(running) and all(map(_is_simple, sequences)) and not self._lets_in()
+
+    def _lets_in(self) -> bool:
+        """Whether the next step is one that lets waiting requests in."""
         scheduler = self._scheduler
-        if scheduler.waiting and len(scheduler.running) < scheduler.limits.max_num_seqs:
-            return False
-        return len(sequences) == len(scheduler.running) and all(map(_is_simple, sequences))
+        num_running = len(scheduler.running)
+        return self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running)
 
     def _launch(self, rows: list[Sequence], positions: Ints, source: Ints, slots: Ints | None) -> Flight | None:
         """Launch the rows that go on; row i takes its token from row ``source[i]`` of the step before."""
-        scheduler, size = self._scheduler, self._pool.block_size
-        if scheduler.waiting and len(scheduler.running) < scheduler.limits.max_num_seqs:
+        size = self._pool.block_size
+        if self._lets_in():
             return None
         limits = np.fromiter((sequence.max_len for sequence in rows), np.int64, len(rows))
         if not (goes_on := positions + 1 < limits).all():  # the others end with the token that is under way

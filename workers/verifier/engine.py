@@ -40,6 +40,7 @@ from dspark.workers.verifier.draft_policy import DraftPolicy
 from dspark.workers.verifier.finish import Cut, cut
 from dspark.workers.verifier.flights import Flights
 from dspark.workers.verifier.forward import BestTokens
+from dspark.workers.verifier.gate import Gate
 from dspark.workers.verifier.judge import JudgeItem, Verdict, follow, judge, prompt_logprobs
 from dspark.workers.verifier.laws import check_sampling
 from dspark.workers.verifier.runner import GraphOptions, Runner, StepResult
@@ -139,7 +140,7 @@ class Engine:
         self.aside = Aside()
         self._ships_features = bool(drafter.taps) and getattr(drafter, "feed", None) is None
         can_run_ahead = options.overlapped and not self._ships_features
-        self.ahead = RunAhead(self.runner, self.scheduler, pool, options.max_model_len, can_run_ahead)
+        self.ahead = RunAhead(self.runner, self.scheduler, pool, options.max_model_len, can_run_ahead, Gate(clock))
         self.drafts.runs_ahead, self.drafts.max_launched = self.ahead.can_run, self.runner.max_launched
         self.flights = Flights(self)
         self.landed_s = 0.0  # when the verdicts of the last step were known; 0 while nothing ran before

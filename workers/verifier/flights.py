@@ -69,8 +69,11 @@ class Flights:
 
     def _depth_behind(self, plan: VerifyPlan) -> int | None:
         """How deep to draft for the next step, asked before this one's tokens are known."""
-        if not self._engine.ahead.can_run or any(row.num_known > 1 or row.num_draft for row in plan.rows):
+        engine = self._engine
+        if not engine.ahead.can_run or any(row.num_draft for row in plan.rows):
             return None
+        if any(row.num_known > 1 for row in plan.rows):  # who is let in is not counted yet where a depth is chosen
+            return None if any(sequence.max_draft(engine.drafter.block_size) for sequence in engine.scheduler.running) else 0
         return self._next_depth()
 
     def _next_depth(self) -> int:

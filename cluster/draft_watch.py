@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from dspark.cluster.autoscaling import BUSY
 from dspark.cluster.http.status import DraftWorkerStatus
 
 PERIOD_S: Final = 2.0
+SILENT_S: Final = 10.0  # without an answer, after which what is known of the workers is called old
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ class DraftWatch:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._known: list[DraftWorkerStatus] = []
+        self._answered_s = 0.0  # when ``_known`` was found out
         self._busy_s: dict[str, tuple[float, float]] = {}  # worker -> when it was asked, and seconds that it had drafted by then
 
     async def __call__(self) -> Sequence[DraftWorkerStatus]:
@@ -39,10 +42,13 @@ class DraftWatch:
             await asyncio.sleep(PERIOD_S)
 
     async def refresh(self, now_s: float) -> None:
-        """Ask once. The time is of a monotonic clock."""
+        """Ask once. The time is of a monotonic clock. Serve answers for all workers or, if one of them is not heard of, for none."""
         reports = await self._ask()
         if reports is None:
+            if now_s - self._answered_s > SILENT_S:
+                self._known = [replace(worker, state="silent", busy=None) for worker in self._known]
             return
+        self._answered_s = now_s
         before, self._busy_s = self._busy_s, {report["id"]: (now_s, float(report["stats"][BUSY])) for report in reports}
         self._known = [self._status(report, before.get(report["id"])) for report in sorted(reports, key=lambda report: str(report["id"]))]
 

@@ -20,7 +20,9 @@ def test_busy_is_the_share_of_the_time_between_two_reports() -> None:
         [report("b", 5.0), report("a", 1.0)],
         [report("a", 1.5), report("b", 5.0, "no progress")],
         None,
+        None,
         [report("a", 9.0)],
+        [report("a", 19.0)],
         [],
     ]
 
@@ -31,13 +33,15 @@ def test_busy_is_the_share_of_the_time_between_two_reports() -> None:
         watch = DraftWatch(ask)
         assert await watch() == []
         seen = []
-        for now_s in (10.0, 12.0, 14.0, 16.0, 18.0):
+        for now_s in (10.0, 12.0, 14.0, 22.5, 24.0, 26.0, 28.0):
             await watch.refresh(now_s)
             seen.append([(worker.id, worker.state, worker.busy) for worker in await watch()])
         assert seen[0] == [("a", "ready", None), ("b", "ready", None)]
         assert seen[1] == seen[2] == [("a", "ready", 0.25), ("b", "no progress", 0.0)]
-        assert seen[3] == [("a", "ready", 1.0)], "a share is never over 1"
-        assert seen[4] == []
+        assert seen[3] == [("a", "silent", None), ("b", "silent", None)], "nobody knows what became of them"
+        assert seen[4] == [("a", "ready", 0.625)]
+        assert seen[5] == [("a", "ready", 1.0)], "a share is never over 1"
+        assert seen[6] == []
 
     asyncio.run(test())
 

@@ -32,7 +32,6 @@ NUM_STREAMS, LENGTH = 16, 120
 SILENCE_S = 7.5  # after which a process or a rank is given up
 SLOW_S = 3.0  # of stopping and going on
 BACK_S = 200.0  # for Serve to find a stopped process, to kill it, and to start another one
-NOISE_BACK_S = 480.0  # after noise: Ray's own connections are given up as dead after seven minutes, and until then the status is old
 SETTINGS = [
     *("--verifiers", "2", "--dtype", "float32", "--kv-tokens", "16384", "--no-profile", "--speculation", "static:2", "--threads", "1"),
     *("--drain-s", "30", "--silence-s", f"{SILENCE_S:g}", "--stall-s", f"{SILENCE_S:g}"),
@@ -221,8 +220,8 @@ def is_whole(cluster: Cluster) -> bool:
     )
 
 
-def eventually_whole(cluster: Cluster, what: str, limit_s: float = BACK_S) -> None:
-    deadline = time.monotonic() + limit_s
+def eventually_whole(cluster: Cluster, what: str) -> None:
+    deadline = time.monotonic() + BACK_S
     while not is_whole(cluster):
         assert time.monotonic() < deadline, f"{what}: {httpx.get(f'{cluster.server.url}/status', timeout=5.0).text}"
         time.sleep(0.1)
@@ -258,7 +257,7 @@ def suffer(cluster: Cluster, victim: str, fault: str) -> None:
                 assert not streams.again, f"clients noticed: {streams.again}"
             if fault in ("kill", "stop"):
                 eventually_gone(cluster, victim, pid)
-            eventually_whole(cluster, "after the fault", NOISE_BACK_S if fault == "corrupt" else BACK_S)
+            eventually_whole(cluster, "after the fault")
             recovery.pause_s, recovery.whole_s = streams.longest_pause_s, time.monotonic() - hit_s
         told = f"{victim} {fault} {repeat}: longest pause {recovery.pause_s:.1f} s, whole and empty again after {recovery.whole_s:.1f} s"
         print(f"{told}, {streams.again.total()} requests asked again")

@@ -41,7 +41,7 @@ RAY_DEFAULTS: Final = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a process that stands still cannot drain, and holds its GPU until it is killed
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # a tenth of a second would cost 2 % of a core for nothing
-    # A connection that swallows what comes is found in 40 s instead of 7 minutes. Servers take the time between pings from the same setting.
+    # A connection that swallows what comes is found in 40 s instead of 7 minutes; servers allow pings as often as the first one says.
     "RAY_grpc_client_keepalive_time_ms": "20000",
     "RAY_grpc_client_keepalive_timeout_ms": "20000",
     "RAY_worker_niceness": "0",  # Ray runs workers at 15: any other process of the machine would starve the engine

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -276,6 +277,38 @@ def test_draining_refuses_new_requests_and_finishes_old_ones() -> None:
         host.close()
 
     run(test)
+
+
+def test_a_hello_that_fails_in_the_library_is_said_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is refused while it is written to ends with an internal error, and the reason is lost."""
+    asked = 0
+
+    class Forgetful:
+        async def write(self, message: object) -> None:
+            raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "Internal error from Core")
+
+    class Stub:
+        def __init__(self, channel: grpc.aio.Channel) -> None:
+            self._stub = VerifierStub(channel)  # type: ignore[no-untyped-call]
+
+        def Session(self, **options: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return Forgetful() if asked == 1 else self._stub.Session(**options)
+
+    monkeypatch.setattr("dspark.workers.wire.client.VerifierStub", Stub)
+
+    async def test() -> None:
+        host = ScriptedHost()
+        server = WireServer(host, "v0", "model", "secret")
+        link = GrpcLink("v0", await server.start(), "wrong", "test", "model")
+        with pytest.raises(ProtocolMismatch):
+            await link.open(5)
+        await server.stop()
+        host.close()
+
+    run(test)
+    assert asked == 2
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Any, Final
 
 import grpc
 
@@ -71,11 +71,9 @@ class GrpcLink(Link):
         else:
             options = (*_OPTIONS, *self._tls.channel_options())
             self._channel = grpc.aio.secure_channel(self.address, self._tls.channel_credentials(), options=options)
-        stub = VerifierStub(self._channel)  # type: ignore[no-untyped-call]  # generated without types
-        call = stub.Session(metadata=((TOKEN_KEY, self._token),))
         try:
             async with asyncio.timeout(timeout_s):
-                await call.write(pb.Up(hello=self._hello))
+                call = await self._greeted(self._channel)
                 self._check_welcome(await call.read())
                 self._take_first(await call.read())
         except TimeoutError:
@@ -89,6 +87,21 @@ class GrpcLink(Link):
             raise
         self.is_open = True
         self._tasks = [asyncio.create_task(self._write(call)), asyncio.create_task(self._read(call))]
+
+    async def _greeted(self, channel: grpc.aio.Channel) -> Any:
+        """A session in which the hello has been said."""
+        stub = VerifierStub(channel)  # type: ignore[no-untyped-call]  # generated without types
+        hello = pb.Up(hello=self._hello)
+        call = stub.Session(metadata=((TOKEN_KEY, self._token),))
+        try:
+            await call.write(hello)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.INTERNAL:
+                raise
+            # A stream that is refused while it is written to: the library forgets by what. Asked once more, it mostly tells.
+            call = stub.Session(metadata=((TOKEN_KEY, self._token),))
+            await call.write(hello)
+        return call
 
     async def close(self) -> None:
         self._fell("the link was closed")

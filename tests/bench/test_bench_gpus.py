@@ -140,7 +140,7 @@ def test_all_parts_run_from_the_command_line(model: Path, tmp_path: Path) -> Non
     parts = {name: [record for record in found if record["part"] == name and "skipped" not in record] for name in PARTS}
     assert [record["expert_parallel"] for record in parts["experts"]] == [1, 2]
     assert all(record["agreement"] == 1.0 for record in parts["experts"] + parts["tensor"])
-    assert [(record["topology"], record["num_devices"], record["streams"]) for record in parts["drafting"]] == [
+    assert sorted((record["topology"], record["num_devices"], record["streams"]) for record in parts["drafting"]) == [
         ("colocated", 1, 2),
         ("colocated", 2, 4),
         ("disaggregated", 2, 4),

@@ -117,14 +117,13 @@ def see(
     k,
     v,
     place,
-    inside,
-    new,
+    end,
+    base,
     own,
     is_query,
     bits,
     position,
-    key_position,
-    base,
+    new_positions,  # of the row's new tokens
     window,
     scale,
     softcap,
@@ -137,6 +136,8 @@ def see(
     SEES_ALL: tl.constexpr,
 ):
     """Take TILE_KEYS more positions into the running softmax: largest score, sum of weights, sums of values."""
+    inside = place < end
+    new = place - base
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if HAS_SOFTCAP:
         scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
@@ -150,6 +151,8 @@ def see(
             seen = tl.where((bits == 0)[:, None], seen, (new < 0)[None, :] | (bit != 0))
         seen = seen & inside[None, :] & is_query[:, None]
     if HAS_WINDOW:
+        key_position = tl.load(new_positions + new, mask=inside & (new >= 0), other=0).to(tl.int32)
+        key_position = tl.where(new >= 0, key_position, place)
         seen = seen & (position[:, None] - key_position[None, :] < window)
     scores = tl.where(seen, scores, float("-inf"))
     higher = tl.maximum(best, tl.max(scores, 1))
@@ -261,94 +264,39 @@ def attend(
         keys = key_cache + kv_head * KEY_DIM + key_columns[:, None]
         values = value_cache + kv_head * VALUE_DIM + value_columns[None, :]
         tile_keys = tl.arange(0, TILE_KEYS)
-        key_position = begin + tile_keys
         if IS_GIVEN:
             place = begin + tile_keys
-            inside = place < end
-            new = place - base
-            slot = slots_of(table, place, inside, BLOCK_SIZE)
-            old = inside & (new < 0)
+            slot = slots_of(table, place, place < end, BLOCK_SIZE)
+            old = (place < end) & (place < base)
             k = tl.load(keys + (slot * (KV_HEADS * KEY_DIM))[None, :], mask=old[None, :] & is_key[:, None], other=0.0)
             v = tl.load(values + (slot * (KV_HEADS * VALUE_DIM))[:, None], mask=old[:, None] & is_value[None, :], other=0.0)
             wait_for_earlier(IS_CHAINED)
-            q = tl.load(
-                query + (token * query_token + head * query_head)[:, None] + key_columns[None, :],
-                mask=is_query[:, None] & (key_columns < KEY_DIM)[None, :],
-                other=0.0,
-            )
-            added = inside & (new >= 0)
+        q = tl.load(
+            query + (token * query_token + head * query_head)[:, None] + key_columns[None, :],
+            mask=is_query[:, None] & is_key[None, :],
+            other=0.0,
+        )
+        if IS_GIVEN:
+            added = (place < end) & (place >= base)
             new_k = tl.load(keys + (slot * (KV_HEADS * KEY_DIM))[None, :], mask=added[None, :] & is_key[:, None], other=0.0)
             new_v = tl.load(values + (slot * (KV_HEADS * VALUE_DIM))[:, None], mask=added[:, None] & is_value[None, :], other=0.0)
             k = tl.where(added[None, :], new_k, k)
             v = tl.where(added[:, None], new_v, v)
-            if HAS_WINDOW:
-                key_position = tl.load(positions + start + new, mask=added, other=0).to(tl.int32)
-                key_position = tl.where(new >= 0, key_position, place)
             best, total, acc = see(
-                q,
-                k,
-                v,
-                place,
-                inside,
-                new,
-                own,
-                is_query,
-                bits,
-                position,
-                key_position,
-                base,
-                window,
-                scale,
-                softcap,
-                best,
-                total,
-                acc,
-                HAS_ANCESTORS,
-                HAS_WINDOW,
-                HAS_SOFTCAP,
-                SEES_ALL,
-            )
+                q, k, v, place, end, base, own, is_query, bits, position, positions + start, window, scale, softcap, best, total, acc,
+                HAS_ANCESTORS, HAS_WINDOW, HAS_SOFTCAP, SEES_ALL,
+            )  # fmt: skip
             begin += TILE_KEYS
-        else:
-            q = tl.load(
-                query + (token * query_token + head * query_head)[:, None] + key_columns[None, :],
-                mask=is_query[:, None] & (key_columns < KEY_DIM)[None, :],
-                other=0.0,
-            )
         for key_begin in range(begin, end, TILE_KEYS):
             place = key_begin + tile_keys
             inside = place < end
-            new = place - base
             slot = slots_of(table, place, inside, BLOCK_SIZE)
             k = tl.load(keys + (slot * (KV_HEADS * KEY_DIM))[None, :], mask=inside[None, :] & is_key[:, None], other=0.0)
             v = tl.load(values + (slot * (KV_HEADS * VALUE_DIM))[:, None], mask=inside[:, None] & is_value[None, :], other=0.0)
-            if HAS_WINDOW:
-                key_position = tl.load(positions + start + new, mask=inside & (new >= 0), other=0).to(tl.int32)
-                key_position = tl.where(new >= 0, key_position, place)
             best, total, acc = see(
-                q,
-                k,
-                v,
-                place,
-                inside,
-                new,
-                own,
-                is_query,
-                bits,
-                position,
-                key_position,
-                base,
-                window,
-                scale,
-                softcap,
-                best,
-                total,
-                acc,
-                HAS_ANCESTORS,
-                HAS_WINDOW,
-                HAS_SOFTCAP,
-                SEES_ALL,
-            )
+                q, k, v, place, end, base, own, is_query, bits, position, positions + start, window, scale, softcap, best, total, acc,
+                HAS_ANCESTORS, HAS_WINDOW, HAS_SOFTCAP, SEES_ALL,
+            )  # fmt: skip
         is_value = is_query[:, None] & is_value[None, :]
         place = token * HEADS + head
         is_last = True

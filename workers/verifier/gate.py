@@ -7,7 +7,6 @@ longer the more requests would be held up and the fewer would be let in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from dspark.workers.verifier.sequence import Sequence as Request
@@ -23,25 +22,22 @@ class Gate:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._steps = 0  # for which requests have been held back
-        self._since_s = math.inf
+        self._since_s = 0.0  # when the first of them was
 
     def lets_in(self, waiting: Sequence[Request], num_running: int, num_places: int) -> bool:
         """Whether the next step is to let some of ``waiting`` in, for whom there are ``num_places`` places."""
         if not waiting or num_places <= 0:
-            self._open()
+            self._steps = 0
             return False
         now_s = self._clock()
         if not self._steps:
             self._since_s = now_s
         patience = min(num_running // (ROWS_A_STEP * min(len(waiting), num_places)), MAX_STEPS)
         if self._steps >= patience or now_s - self._since_s > MAX_HELD_S or any(_is_urgent(request) for request in waiting[:num_places]):
-            self._open()
+            self._steps = 0
             return True
         self._steps += 1
         return False
-
-    def _open(self) -> None:
-        self._steps, self._since_s = 0, math.inf
 
 
 def _is_urgent(sequence: Request) -> bool:

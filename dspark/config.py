@@ -32,7 +32,7 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="requests that run at once")
     max_queued: int = Field(default=256, ge=0, description="requests that wait; more are refused as overload")
     max_batch_tokens: int | None = Field(
-        default=None, ge=16, le=65536, description="tokens of one step, drafted ones included; None: 512 on a CPU, 2048 on a GPU"
+        default=None, ge=16, le=65536, description="tokens of one step, drafted ones included; None: 512 on a CPU, 8192 on a GPU"
     )
     graph_tokens: int = Field(
         default=1024, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
@@ -73,7 +73,7 @@ class EngineConfig(BaseModel):
 
     def step_tokens(self, on_gpu: bool) -> int:
         """Tokens that a step may hold: at least one for every request that runs."""
-        return max(self.max_batch_tokens or (2048 if on_gpu else 512), self.max_num_seqs)
+        return max(self.max_batch_tokens or (8192 if on_gpu else 512), self.max_num_seqs)
 
     @field_validator("speculation", mode="before")
     @classmethod

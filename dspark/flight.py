@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 
 
 class Flight:
-    """Requests of one caller. ``owner`` is kept alive while they run: its end would stop the engine."""
+    """Requests of one caller. ``owner`` is kept alive while they run: its end would stop the engine.
 
-    def __init__(self, host: EngineHost, owner: object) -> None:
+    ``wakes_at_end``: the caller is woken only by steps that end a request, because every thread that wakes up takes time from the engine's.
+    """
+
+    def __init__(self, host: EngineHost, owner: object, wakes_at_end: bool = False) -> None:
         self._host = host
         self._owner = owner
-        self._arrived: queue.SimpleQueue[tuple[float, Sequence[StepOutcome]]] = queue.SimpleQueue()
+        self._wakes_at_end = wakes_at_end
+        self._arrived: deque[tuple[float, Sequence[StepOutcome]]] = deque()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for every time that it is worth looking there
         self._running: dict[str, Collector] = {}
 
     @property
@@ -44,15 +49,21 @@ class Flight:
             raise
 
     def receive(self) -> list[Delta]:
-        """Wait for the next step that concerns these requests and return what it added."""
-        arrived_at, outcomes = self._arrived.get()
-        return [collector.take(outcome, arrived_at) for collector, outcome in self._of_ours(outcomes)]
+        """Wait for steps that concern these requests and return what they added."""
+        return [collector.take(outcome, arrived_at) for collector, outcome, arrived_at in self._next()]
 
     def note(self) -> None:
-        """Wait for the next step that concerns these requests; its text is made with the last one's."""
-        arrived_at, outcomes = self._arrived.get()
-        for collector, outcome in self._of_ours(outcomes):
+        """``receive`` without the text, which is made with the last outcome's."""
+        for collector, outcome, arrived_at in self._next():
             collector.note(outcome, arrived_at)
+
+    def _next(self) -> Iterator[tuple[Collector, StepOutcome, float]]:
+        """Everything that has arrived, once it is worth looking, with the time when it did."""
+        self._wake.get()
+        while self._arrived:
+            arrived_at, outcomes = self._arrived.popleft()
+            for collector, outcome in self._of_ours(outcomes):
+                yield collector, outcome, arrived_at
 
     def _of_ours(self, outcomes: Sequence[StepOutcome]) -> Iterator[tuple[Collector, StepOutcome]]:
         """The outcomes of requests that were not cancelled while these were on their way."""
@@ -69,10 +80,12 @@ class Flight:
         running, self._running = self._running, {}
         for request_id in running:
             self._host.cancel(request_id)
-        self._arrived.put((time.perf_counter(), ()))
+        self._wake.put(None)
 
     def _sink(self, outcomes: Sequence[StepOutcome]) -> None:
-        self._arrived.put((time.perf_counter(), outcomes))
+        self._arrived.append((time.perf_counter(), outcomes))
+        if not self._wakes_at_end or any(outcome.finish is not None for outcome in outcomes):
+            self._wake.put(None)
 
 
 def run_all(flight: Flight, collectors: Sequence[Collector], max_concurrency: int) -> None:

@@ -141,7 +141,7 @@ class LLM:
             raise BadRequest(f"max_concurrency must be a whole number from 1, not {max_concurrency!r}", "max_concurrency")
         many = [prompts] if _is_single(prompts) else list(prompts)
         groups = [self._prepare(prompt, sampling, speculation) for prompt, sampling in zip(many, _one_each(params, len(many)), strict=True)]
-        run_all(Flight(self._host, self), [collector for group in groups for collector in group], max_concurrency)
+        run_all(Flight(self._host, self, wakes_at_end=True), [collector for group in groups for collector in group], max_concurrency)
         return [make_output(group) for group in groups]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, speculation: str | None = None) -> TokenStream:

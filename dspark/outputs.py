@@ -103,18 +103,25 @@ class Delta:
 
 
 class Collector:
-    """Gathers the outcomes of one choice."""
+    """Gathers the outcomes of one choice: in lists of plain values, because a crowd of objects that live as long as their request makes
+    Python's garbage collector walk over all of them again and again."""
 
     def __init__(self, index: int, request: Request, text: TextStream) -> None:
         self.index = index
         self.request = request
-        self.outcomes: list[StepOutcome] = []
         self.finish: Finish | None = None
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
         self.submitted_at = 0.0  # on the clock of time.perf_counter
         self._text = text
         self._texts: list[str] = []
-        self._num_told = 0  # rounds whose text is in ``_texts``
+        self._num_told = 0  # tokens whose text is in ``_texts``
+        self._is_behind = False  # rounds were noted whose text is not
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._arrivals_s: list[float] = []
+        self._last: StepOutcome | None = None
+        self._drafted_rounds = self._drafted = self._accepted = 0
 
     def take(self, outcome: StepOutcome, arrived_at: float) -> Delta:
         """Add one round and return what it brought; WorkerLost when the engine failed."""
@@ -123,50 +130,59 @@ class Collector:
 
     def note(self, outcome: StepOutcome, arrived_at: float) -> None:
         """Add one round, whose text can wait; WorkerLost when the engine failed."""
-        if outcome.finish is Finish.ERROR:
-            raise WorkerLost(f"the engine failed: {outcome.error}")
-        self.outcomes.append(outcome)
-        self.finish = outcome.finish
-        if outcome.tokens:
-            self._arrivals_s.append(arrived_at - self.submitted_at)
+        if outcome.finish is not None:
+            if outcome.finish is Finish.ERROR:
+                raise WorkerLost(f"the engine failed: {outcome.error}")
+            self.finish = outcome.finish
+        self._last, self._is_behind = outcome, True
+        self.num_cached_tokens = max(self.num_cached_tokens, outcome.num_cached_tokens)
+        if outcome.prompt_logprobs is not None:
+            self.prompt_logprobs = outcome.prompt_logprobs
+        if not outcome.tokens:
+            return
+        self._arrivals_s.append(arrived_at - self.submitted_at)
+        self._tokens.extend(outcome.tokens)
+        if outcome.drafted:
+            self._drafted_rounds += 1
+            self._drafted += outcome.drafted
+            self._accepted += outcome.accepted
+        if outcome.logprobs is not None:
+            self._logprobs.extend(outcome.logprobs)
 
     def _text_so_far(self) -> str:
         """The text of the rounds that were only noted: how tokens are grouped does not matter to it."""
-        new = self.outcomes[self._num_told :]
-        self._num_told = len(self.outcomes)
-        if not new:
+        if self._last is None or not self._is_behind:
             return ""
-        whole = new[0] if len(new) == 1 else new[-1]._replace(tokens=tuple(token for outcome in new for token in outcome.tokens))
-        self._texts.append(self._text.take(whole))
+        new = tuple(self._tokens[self._num_told :])
+        self._num_told, self._is_behind = len(self._tokens), False
+        self._texts.append(self._text.take(self._last._replace(tokens=new)))
         return self._texts[-1]
 
     def choice(self) -> Choice:
         """The whole answer; call it once the request has ended."""
         self._text_so_far()
-        rounds = [outcome for outcome in self.outcomes if outcome.tokens]
-        logprobs = tuple(entry for outcome in rounds for entry in outcome.logprobs or ())
         return Choice(
             index=self.index,
             text="".join(self._texts),
-            token_ids=tuple(token for outcome in rounds for token in outcome.tokens),
+            token_ids=tuple(self._tokens),
             finish_reason=(self.finish or Finish.ABORT).value,
-            stop_reason=self.outcomes[-1].stop_reason if self.outcomes else None,
-            logprobs=None if self.request.sampling.logprobs is None else logprobs,
+            stop_reason=None if self._last is None else self._last.stop_reason,
+            logprobs=None if self.request.sampling.logprobs is None else tuple(self._logprobs),
             arrivals_s=tuple(self._arrivals_s),
-            rounds=len(rounds),
-            drafted_rounds=sum(outcome.drafted > 0 for outcome in rounds),
-            drafted=sum(outcome.drafted for outcome in rounds),
-            accepted=sum(outcome.accepted for outcome in rounds),
+            rounds=len(self._arrivals_s),
+            drafted_rounds=self._drafted_rounds,
+            drafted=self._drafted,
+            accepted=self._accepted,
         )
 
 
 def make_output(collectors: Sequence[Collector]) -> RequestOutput:
     """Join the choices of one prompt."""
-    outcomes = [outcome for collector in collectors for outcome in collector.outcomes]
+    first = collectors[0]
     return RequestOutput(
-        prompt_token_ids=collectors[0].request.prompt_token_ids,
+        prompt_token_ids=first.request.prompt_token_ids,
         choices=tuple(collector.choice() for collector in collectors),
-        num_cached_tokens=max((outcome.num_cached_tokens for outcome in collectors[0].outcomes), default=0),
-        prompt_logprobs=next((o.prompt_logprobs for o in outcomes if o.prompt_logprobs is not None), None),
-        submitted_at=collectors[0].submitted_at,
+        num_cached_tokens=first.num_cached_tokens,
+        prompt_logprobs=next((c.prompt_logprobs for c in collectors if c.prompt_logprobs is not None), None),
+        submitted_at=first.submitted_at,
     )

@@ -93,9 +93,9 @@ def angles(positions, frequencies, cos, sin, scale, HALF: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def note_best(best, ids, wanted, own, matched, num_tokens, BLOCK: tl.constexpr):
+def note_best(best, ids, wanted, own, matched, num_wanted, num_tokens, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < num_tokens
+    inside = place < num_wanted
     token = tl.load(best + place, mask=inside, other=0)
     behind = tl.minimum(tl.load(wanted + place, mask=inside, other=0) + 1, num_tokens - 1)
     tl.store(own + place, token, mask=inside)

@@ -2,9 +2,9 @@
 
 ::
 
-    best    [T] int64   the best token behind every wanted row          ids [T] int64   the step's tokens
-    wanted  [T] int64   the rows of the step that were asked for
-    own     [T] int64   best, kept      matched [T] bool   whether the token behind a wanted row is its best one
+    best    [L] int64   the best token behind every wanted row          ids [T] int64   the step's tokens
+    wanted  [L] int64   the rows of the step that were asked for
+    own     [L] int64   best, kept      matched [L] bool   whether the token behind a wanted row is its best one
 """
 
 from __future__ import annotations
@@ -32,4 +32,4 @@ def launch(best: Tensor, ids: Tensor, wanted: Tensor, own: Tensor, matched: Tens
     from dspark.kernels.layer_triton import note_best as kernel
 
     count = best.shape[0]
-    kernel[(-(-count // BLOCK),)](best, ids, wanted, own, matched, count, BLOCK=BLOCK)
+    kernel[(-(-count // BLOCK),)](best, ids, wanted, own, matched, count, ids.shape[0], BLOCK=BLOCK)

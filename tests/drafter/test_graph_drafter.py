@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from helpers.toy_tokenizers import byte_level
 
 from dspark.kernels.graphs import plain_calls
 from dspark.sampling import SamplingParams
-from dspark.types import Finish, Mode, Request, Speculation
+from dspark.types import Finish, Mode, Request, Speculation, VerifyPlan
 from dspark.workers.blocks import BlockPool
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.graph_local import GraphDrafter
@@ -236,6 +237,26 @@ def test_the_end_of_the_context_ends_running_ahead(target: Target) -> None:
     _, engine = engines(target, speculation="static:4", max_batch_tokens=256)
     assert {name: (one.tokens, one.finish) for name, one in run(engine, long).items()} == wanted
     assert engine.ahead.launched
+
+
+@pytest.mark.parametrize("mode", ["static:4", "adaptive"])
+def test_prompts_of_new_requests_are_computed_apart(target: Target, mode: str) -> None:
+    """Requests come while others run from graphs: their prompts get a step of their own, and all go on together, with the same tokens."""
+    coming = [
+        dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, max_tokens=20 + 9 * i))
+        for i, r in enumerate(requests(temperature=0.0))
+    ]
+    wanted = {name: (one.tokens, one.finish) for name, one in run(make_engine(target, speculation="off"), coming).items()}
+    ticks = itertools.count()
+    _, engine = engines(target, speculation=mode, costs=FLAT, max_num_seqs=2, clock=lambda: 0.01 * next(ticks))
+    plans: list[VerifyPlan] = []
+    engine.on_step = lambda plan, times: plans.append(plan)
+    assert {name: (one.tokens, one.finish) for name, one in run(engine, coming).items()} == wanted
+    engine.aside.close()
+    alone = [plan for plan in plans[1:] if all(row.num_known > 1 for row in plan.rows)]
+    assert len(alone) >= 2
+    assert not [plan for plan in plans if len({row.num_known > 1 for row in plan.rows}) == 2]
+    assert engine.ahead.launched > 10
 
 
 def test_requests_with_other_depths_are_verified_to_theirs(target: Target) -> None:

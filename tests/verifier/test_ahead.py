@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from helpers.toy_tokenizers import byte_level
 
 from dspark.kernels.graphs import plain_calls
 from dspark.sampling import SamplingParams
-from dspark.types import Finish, Request
+from dspark.types import Finish, Request, VerifyPlan
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.costs import CostTable, Curve, LiveCosts
 from dspark.workers.verifier.engine import Engine
@@ -29,7 +30,9 @@ def target() -> Target:
 
 
 def ahead(target: Target, drafter: Any = None, **options: Any) -> Engine:
-    return make_engine(target, drafter, graphs=GRAPHS, overlapped=True, **options)
+    """An engine on a clock of its own, which every look at it moves on by 10 ms."""
+    ticks = itertools.count()
+    return make_engine(target, drafter, graphs=GRAPHS, overlapped=True, clock=lambda: 0.01 * next(ticks), **options)
 
 
 def requests(**params: Any) -> list[Request]:
@@ -88,6 +91,24 @@ def test_requests_come_and_go_under_a_step(target: Target) -> None:
     assert tokens == alone
     assert engine.ahead.launched
     assert engine.pool.num_free == engine.pool.num_blocks
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_prompts_of_new_requests_are_computed_apart(target: Target, mixed: bool) -> None:
+    """Unless one of them does not go on as the others do; the tokens are the same either way."""
+    coming = [r for i, one in enumerate(range(12, 42, 5)) for r in requests(max_tokens=one)[i : i + 1]]
+    wanted = run(make_engine(target), coming)
+    engine = ahead(target, max_num_seqs=3)
+    plans: list[VerifyPlan] = []
+    engine.on_step = lambda plan, times: plans.append(plan)
+    if mixed:
+        coming[4] = dataclasses.replace(coming[4], sampling=dataclasses.replace(coming[4].sampling, logprobs=1))
+    assert same(run(engine, coming), wanted)
+    alone = [plan for plan in plans[1:] if all(row.num_known > 1 for row in plan.rows)]
+    beside = [plan for plan in plans if len({row.num_known > 1 for row in plan.rows}) == 2]
+    assert len(alone) >= 1
+    assert bool(beside) == mixed
+    assert engine.ahead.launched > 20
 
 
 def test_a_full_pool_ends_it(target: Target) -> None:

@@ -5,7 +5,8 @@ request goes one position further. So the device computes step t + 1 while the h
 part in step t + 1 for nothing; its token is dropped, and what it wrote lies in blocks that later steps write before they read.
 
 That holds while nothing but plain decoding happens: all running requests take the target's best token, draft nothing, and nobody
-is let in (``gate.py``). Anything else ends it: the step under way lands, and the next one is planned as ever.
+is let in (``gate.py``). Anything else ends it: the step under way lands, and the next one is planned as ever, or, if all that happens is
+that others come in, computes their prompts alone (``flights.py``).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class RunAhead:
         self._pool = pool
         self.can_run = can_run and runner.max_launched > 0
         self.launched = 0  # steps
+        self.gate_opened = False  # when it was asked last
 
     def after_step(self, plan: VerifyPlan, result: StepResult, sequences: Mapping[str, Sequence]) -> Flight | None:
         """Launch the step after a planned one that is under way; None where that cannot be known to be plain."""
@@ -70,7 +72,7 @@ class RunAhead:
             return None
         rows = [sequences[row.request_id] for row in plan.rows]
         if len(rows) != len(self._scheduler.running) or not all(
-            row.samples and not row.num_draft and _is_simple(sequence) for row, sequence in zip(plan.rows, rows, strict=True)
+            row.samples and not row.num_draft and is_simple(sequence) for row, sequence in zip(plan.rows, rows, strict=True)
         ):
             return None
         positions = np.fromiter((sequence.num_known for sequence in rows), np.int64, len(rows))
@@ -88,13 +90,28 @@ class RunAhead:
             positions, slots = positions[source], slots[source]
         return self._launch(rows, positions, source, slots)
 
-    def reserve_drafts(self, sequences: list[Sequence], reaches: Ints, num_drafts: int) -> bool:
+    def again(self, sequences: list[Sequence]) -> Flight | None:
+        """Launch a step of requests whose last tokens the host knows, whoever waits; nothing may be under way."""
+        self.give_tokens(sequences)
+        positions = np.fromiter((len(sequence.tokens) - 1 for sequence in sequences), np.int64, len(sequences))
+        return self._launch(sequences, positions, np.arange(len(sequences)), None, asks_gate=False)
+
+    def give_tokens(self, sequences: list[Sequence]) -> None:
+        """Let the next step that is launched find the last token of each of them where the step before it would have left it."""
+        self._runner.give_tokens(np.fromiter((sequence.tokens[-1] for sequence in sequences), np.int64, len(sequences)))
+
+    def note_pause(self, seconds: float) -> None:
+        """Letting requests in kept those who run from going on for so long."""
+        self._gate.took(seconds)
+
+    def reserve_drafts(self, sequences: list[Sequence], reaches: Ints, num_drafts: int, asks_gate: bool = True) -> bool:
         """Take blocks for the step that verifies ``num_drafts`` drafts of each, up to ``reaches`` [R]; False where more could happen.
 
-        A request that will have ended before takes part for nothing.
+        A request that will have ended before takes part for nothing. Unless ``asks_gate``, whoever waits goes on waiting.
         """
+        self.gate_opened = False
         fits = len(sequences) * (num_drafts + 1) <= self._runner.max_launched and int(reaches.max()) <= self._max_model_len
-        if not self.can_run or not fits or not self._is_alone(sequences):
+        if not self.can_run or not fits or not self._is_alone(sequences) or (asks_gate and self._lets_in()):
             return False
         tables = [self._pool.table(sequence.request.id) for sequence in sequences]
         missing = -(-reaches // self._pool.block_size) - np.fromiter(map(len, tables), np.int64, len(tables))
@@ -115,20 +132,20 @@ class RunAhead:
         return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(drafts, tables, num_drafts))
 
     def _is_alone(self, sequences: list[Sequence]) -> bool:
-        """Whether these are all that runs, and nobody is to be let in beside them."""
-        running = self._scheduler.running
-        return len(sequences) == len(running) and all(map(_is_simple, sequences)) and not self._lets_in()
+        """Whether these are all that runs."""
+        return len(sequences) == len(self._scheduler.running) and all(map(is_simple, sequences))
 
     def _lets_in(self) -> bool:
         """Whether the next step is one that lets waiting requests in."""
         scheduler = self._scheduler
         num_running = len(scheduler.running)
-        return self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running)
+        self.gate_opened = self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running)
+        return self.gate_opened
 
-    def _launch(self, rows: list[Sequence], positions: Ints, source: Ints, slots: Ints | None) -> Flight | None:
+    def _launch(self, rows: list[Sequence], positions: Ints, source: Ints, slots: Ints | None, asks_gate: bool = True) -> Flight | None:
         """Launch the rows that go on; row i takes its token from row ``source[i]`` of the step before."""
         size = self._pool.block_size
-        if self._lets_in():
+        if asks_gate and self._lets_in():
             return None
         limits = np.fromiter((sequence.max_len for sequence in rows), np.int64, len(rows))
         if not (goes_on := positions + 1 < limits).all():  # the others end with the token that is under way
@@ -153,6 +170,6 @@ class RunAhead:
         return Flight(rows, positions, slots, self._runner.launch(step))
 
 
-def _is_simple(sequence: Sequence) -> bool:
+def is_simple(sequence: Sequence) -> bool:
     """Whether its next step can be plain whatever this one brings."""
     return sequence.takes_best and sequence.request.latency_budget.tpot_ms is None

@@ -14,7 +14,7 @@ import numpy as np
 
 from dspark.types import DraftTree, Mode
 from dspark.workers.verifier.costs import Floats, LiveCosts
-from dspark.workers.verifier.draft_policy import DraftPolicy, Outlook
+from dspark.workers.verifier.draft_policy import LOOK_ROWS, DraftPolicy, Outlook
 from dspark.workers.verifier.draft_worth import DraftWorth
 from dspark.workers.verifier.planner import Pace, Ranking, best_count, count_within, early_stop, pack, rank
 from dspark.workers.verifier.sequence import Sequence
@@ -140,6 +140,14 @@ class DraftPlanner:
         self._last_depth = depth if depth and self.worth.allows_drafts(len(rows), self.policy.gain) else 0
         self.is_paused = not self._last_depth
         return self._last_depth
+
+    @property
+    def most_drafting(self) -> int | None:
+        """How many adaptive requests are to draft for the next step at most; None: all of them. A look at acceptance needs but a few.
+
+        Not where steps run ahead: those are rounds in which all draft alike.
+        """
+        return LOOK_ROWS if self.policy.is_look and not self.runs_ahead else None
 
     def _outlook(self, costs: LiveCosts, rows: Seq[Sequence], num_drafting: int) -> Outlook:
         """What the next step of these requests costs, plain and with drafts for ``num_drafting`` of them."""

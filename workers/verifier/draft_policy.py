@@ -19,6 +19,8 @@ from dspark.workers.verifier.planner import MIN_GAIN, rank
 KEPT_ROWS = 256  # recent drafts that stand for the next ones
 DECIDE_EVERY = 4  # steps; a decision costs more than a plan
 LONGEST_PAUSE = 64  # steps between two looks at acceptance while nothing is drafted
+LOOK_ROWS = 8  # requests that draft in such a look
+LOOK_WEIGHT = 8  # rows that each of them stands for
 LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts are shorter
 MAX_REST = 16  # rounds a request sits out at most
 LEARN = 0.02  # of a mean confidence, for each draft seen
@@ -49,6 +51,7 @@ class DraftPolicy:
     _recent: Floats = field(init=False)  # [k, γ] survival of the last drafts, a best guess where a draft was shorter
     _conditional: Floats = field(init=False)  # [γ] mean confidence of each position given the one before
     gain: float = 1.0  # predicted tokens a second over those of plain decoding, as of the last decision
+    is_look: bool = False  # whether the last depth was no decision for drafts but a look at acceptance
     _oldest: int = 0
     _depth: int = field(init=False)
     _steps: int = 0
@@ -64,7 +67,7 @@ class DraftPolicy:
     @property
     def wants_survival(self) -> bool:
         """Whether ``observe`` would look at the chains of the next step."""
-        return self._num_observed % DECIDE_EVERY == 0 or not len(self._recent)
+        return self.is_look or self._num_observed % DECIDE_EVERY == 0 or not len(self._recent)
 
     def pass_over(self) -> None:
         """``observe`` of a step whose chains it would not look at."""
@@ -79,6 +82,8 @@ class DraftPolicy:
         drafted = survival[survival[:, 0] > 0, : self.block_size] if survival.shape[1] else survival[:0]
         if not len(drafted):
             return
+        if self.is_look and len(drafted) <= LOOK_ROWS:
+            drafted = np.repeat(drafted, LOOK_WEIGHT, axis=0)
         full = np.zeros((len(drafted), self.block_size))
         full[:, : drafted.shape[1]] = drafted
         before = np.ones(len(full))
@@ -93,6 +98,7 @@ class DraftPolicy:
 
     def depth(self, outlook: Callable[[], Outlook]) -> int:
         """How deep to draft for the next step; 0: not at all. ``outlook`` is asked when a decision is due."""
+        self.is_look = False
         if not len(self._recent):
             return self.block_size
         self._steps += 1
@@ -105,6 +111,7 @@ class DraftPolicy:
         if self._closed_for <= self._pause:
             return 0
         self._pause, self._closed_for = min(2 * self._pause, LONGEST_PAUSE), 0
+        self.is_look = True
         return self.block_size
 
     def _keep(self, rows: Floats) -> None:

@@ -228,10 +228,13 @@ class Engine:
         if self.flights.under_way:
             return self.flights.land()
         times = StepTimes(self.clock(), before_s=self.landed_s)
-        plan, result = self._begin(times)
+        is_for_new, self.flights.is_for_new = self.flights.is_for_new, False
+        plan, result = self._begin(times, is_for_new)
         if result is None:
+            if is_for_new:
+                self.flights.resume()
             return []
-        depth = self.flights.begin(plan, result, times.num_drafting > 0)
+        depth = 0 if is_for_new else self.flights.begin(plan, result, times.num_drafting > 0)
         verdicts = self._judge(plan, result)
         self.target.check()
         self.runner.keep_paths(plan, verdicts)
@@ -247,18 +250,23 @@ class Engine:
             self._learn(record)
         outcomes, advances, ended = self._commit(plan, result, verdicts, times.judged_s)
         if not self.flights.is_plain:
-            self._propose(advances, ended, result.taps, depth)
+            self._propose(advances, ended, result.taps, depth, may_draft=not is_for_new)
         self.landed_s = times.judged_s
         self.forget(ended)
+        if is_for_new:
+            self.flights.resume()
+            self.ahead.note_pause(self.clock() - times.begin_s)
         return outcomes
 
-    def _begin(self, times: StepTimes) -> tuple[VerifyPlan, StepResult | None]:
-        """Collect drafts, plan a step and launch it; no result where there is nothing to run."""
+    def _begin(self, times: StepTimes, is_for_new: bool) -> tuple[VerifyPlan, StepResult | None]:
+        """Collect drafts, plan a step and launch it; no result where there is nothing to run. ``is_for_new``: of new requests alone."""
         self.scheduler.choose(times.begin_s)
+        if is_for_new:
+            self.scheduler.chosen = []
         self._take_turns()
         times.num_drafting, times.depth = self._collect()
         times.drafted_s = self.clock()
-        plan = self.scheduler.plan(times.drafted_s, times.draft_s)
+        plan = self.scheduler.plan(times.drafted_s, times.draft_s, whole_prompts=is_for_new)
         return plan, self.runner.forward(plan, self.sequences) if plan.rows else None
 
     def is_running(self, sequence: Sequence) -> bool:
@@ -426,11 +434,13 @@ class Engine:
         """Let the drafter begin drafts of ``depth`` tokens for requests that steps launched ahead have brought forward."""
         self._propose([Advance(sequence, (), sequence.num_computed) for sequence in sequences], ended, None, depth)
 
-    def _propose(self, advances: Seq[Advance], ended: Seq[Sequence], taps: Tensor | None, depth: int | None) -> None:
+    def _propose(
+        self, advances: Seq[Advance], ended: Seq[Sequence], taps: Tensor | None, depth: int | None, may_draft: bool = True
+    ) -> None:
         """Tell the drafter what became known, with the projected features of every position that got KV for good.
 
         Of requests that ended as well: their last blocks are in the prefix cache, and must be whole for the drafter too.
-        ``depth``: how deep to draft; None: not decided yet.
+        ``depth``: how deep to draft; None: not decided yet. ``may_draft``: whether any of them is to.
         """
         features: list[Tensor | None] = [None] * len(advances)
         if taps is not None and advances and self._ships_features:
@@ -440,11 +450,14 @@ class Engine:
         going = [s for s in self.scheduler.running if s not in ended]
         depth = self.drafts.depth(going) if depth is None else depth
         self.tree_nodes = self.shapes.nodes(len(going))
+        room = self.drafts.most_drafting
         turns = []
         for advance, feature in zip(advances, features, strict=True):
             sequence = advance.sequence
-            goes_on = sequence.num_pending == 1 and sequence not in ended
-            sequence.draft_depth = self._draft_depth(sequence, depth) if goes_on else 0
+            goes_on = may_draft and sequence.num_pending == 1 and sequence not in ended
+            sequence.draft_depth = self._draft_depth(sequence, depth if room is None or room > 0 else 0) if goes_on else 0
+            if room is not None and sequence.draft_depth and sequence.speculation.mode is Mode.ADAPTIVE:
+                room -= 1
             nodes = sequence.max_nodes(sequence.draft_depth, self.options.max_model_len, self.tree_nodes)
             sequence.drafts_wanted = nodes or sequence.draft_depth
             turns.append(

@@ -3,6 +3,9 @@
 A plain step takes its tokens from the step before it. A drafted one verifies chains of greedy requests that the drafter began behind
 that step, on the device. In both the host commits step t while the device computes step t + 1, and whatever is alike for all requests is
 done once a step, on arrays: at hundreds of streams that, and not the device, decides how fast a round is.
+
+Requests that are let in need a step that is planned. If they go on as those that run do, that step computes their prompts alone, and
+all of them fly on from the tokens that the host then knows: planning a step for hundreds of requests takes longer than computing it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from dspark.types import Continuations, ContinuesSteps, DraftedChains, DraftsAhead, Mode, StepOutcome, VerifyPlan
-from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints
+from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints, is_simple
 from dspark.workers.verifier.runner import StepResult
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.verdict import Verdict
@@ -32,6 +35,7 @@ class Flights:
         self._engine = engine
         self._plain: Flight | None = None
         self._drafted: DraftedFlight | None = None
+        self.is_for_new = False  # whether the next planned step is for waiting requests alone; the others fly on behind it
         self._untold = 0  # plain steps since the drafter last heard of any
         self._turn = 0  # where the next rows that are observed begin
 
@@ -59,6 +63,27 @@ class Flights:
             return self._land_plain(self._plain)
         assert self._drafted is not None
         return self._land_drafted(self._drafted)
+
+    def resume(self) -> None:
+        """Launch a step of all that run from what the host knows, where they go on alike; nothing may be under way."""
+        engine = self._engine
+        sequences = list(engine.scheduler.running)
+        if not sequences or any(s.num_pending != 1 for s in sequences) or not self._go_on_alike(sequences):
+            return
+        engine.landed_s = 0.0  # what the next step takes from here is no measure of such steps
+        depth = self._next_depth() and self._depth_of(sequences)
+        if not depth:
+            self._plain = engine.ahead.again(sequences)
+            return
+        engine.ahead.give_tokens(sequences)
+        names, known = [s.id for s in sequences], [len(s.tokens) for s in sequences]
+        cast(ContinuesSteps, engine.drafter).follow(names, known, [s.tokens[-1] for s in sequences])
+        for sequence in sequences:
+            sequence.num_taught = len(sequence.tokens)
+        nothing = np.zeros(len(sequences), np.int64)
+        self._drafted = self._launch(
+            sequences, Continuations(names, np.array(known) - 1, nothing, np.arange(len(sequences))), depth, asks_gate=False
+        )
 
     def drop(self) -> None:
         """Forget the step under way: nobody is left whom it is for."""
@@ -110,12 +135,15 @@ class Flights:
         drafts = sequence.speculation.mode in (Mode.STATIC, Mode.ADAPTIVE) and not sequence.speculation.tree_nodes
         return sequence.takes_best and is_chain and drafts
 
-    def _launch(self, sequences: list[Sequence], rows: Continuations, depth: int) -> DraftedFlight | None:
+    def _launch(self, sequences: list[Sequence], rows: Continuations, depth: int, asks_gate: bool = True) -> DraftedFlight | None:
         """Begin the next blocks, and the step that verifies ``depth`` tokens of them where that is over 0 and there is room for it."""
         engine, drafter = self._engine, cast(ContinuesSteps, self._engine.drafter)
         reaches = rows.base_lens + rows.num_drafts + 1 + depth
         # reserved before the drafts are launched: they say where KV goes
-        flies = depth > 0 and engine.ahead.reserve_drafts(sequences, reaches, depth)
+        flies = depth > 0 and engine.ahead.reserve_drafts(sequences, reaches, depth, asks_gate)
+        self.is_for_new = depth > 0 and not flies and self._can_be_apart()
+        if self.is_for_new or not (flies or asks_gate):
+            return None
         drafts = drafter.continue_step(rows)
         return engine.ahead.launch_drafts(sequences, drafts, depth) if flies else None
 
@@ -123,6 +151,7 @@ class Flights:
         engine = self._engine
         depth = self._next_depth()
         self._plain = None if depth else engine.ahead.after(flight, engine.sequences)
+        self.is_for_new = not depth and self._plain is None and self._can_be_apart()
         tokens = flight.best.read()
         engine.target.check()
         now_s = engine.clock()
@@ -144,7 +173,7 @@ class Flights:
             if outcome.finish is not None:
                 ended.append(sequence)
         self._untold += 1
-        if self._plain is None or (self._untold >= TOLD_EVERY and isinstance(engine.drafter, DraftsAhead)):
+        if (self._plain is None and not self.is_for_new) or (self._untold >= TOLD_EVERY and isinstance(engine.drafter, DraftsAhead)):
             self._untold = 0
             engine.propose_to([sequence for sequence, _ in landed], ended, depth)
         engine.forget(ended)
@@ -166,7 +195,7 @@ class Flights:
         alive = [i for i, sequence in enumerate(flight.sequences) if engine.is_running(sequence)]
         sequences = [flight.sequences[i] for i in alive]  # the others ended, or were aborted, while this step was under way
         bases = np.fromiter((len(sequence.tokens) for sequence in sequences), np.int64, len(alive))
-        depth = self._depth_again(sequences)
+        depth = self._depth_of(sequences)
         self._drafted = None
         if depth:
             drafted, first_rows = np.full(len(alive), num_drafts), np.array(alive) * (num_drafts + 1)
@@ -185,12 +214,28 @@ class Flights:
         self._note(chains, accepted, num_drafts, outcomes, now_s)
         lengths = [outcome.base_len for outcome in outcomes]
         drafter.follow([outcome.request_id for outcome in outcomes], lengths, [sequence.tokens[-1] for sequence in sequences])
-        if self._drafted is None:
+        if self._drafted is None and not self.is_for_new:
             engine.propose_to(sequences, ended, depth)
         engine.forget(ended)
         return outcomes
 
-    def _depth_again(self, sequences: list[Sequence]) -> int:
+    def _can_be_apart(self) -> bool:
+        """Whether those that are let in by the next step go on as those do that run."""
+        scheduler = self._engine.scheduler
+        coming = scheduler.waiting[: scheduler.limits.max_num_seqs - len(scheduler.running)]
+        return self._engine.ahead.gate_opened and bool(coming) and self._go_on_alike([*scheduler.running, *coming])
+
+    def _go_on_alike(self, sequences: list[Sequence]) -> bool:
+        """Whether all of them take the target's best tokens and draft in the same way: as steps do that were launched before their turn."""
+        drafter, first = self._engine.drafter, sequences[0].speculation
+        if isinstance(drafter, DraftsAhead) or not all(map(is_simple, sequences)) or not _are_alike(sequences):
+            return False
+        if first.mode is Mode.OFF or not drafter.block_size:
+            return True
+        drafts_chains = first.mode in (Mode.STATIC, Mode.ADAPTIVE) and not any(s.speculation.tree_nodes for s in sequences)
+        return drafts_chains and isinstance(drafter, ContinuesSteps)
+
+    def _depth_of(self, sequences: list[Sequence]) -> int:
         """How deep requests that are alike draft for the next step; 0: not at all."""
         if not sequences:
             return 0

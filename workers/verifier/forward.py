@@ -85,7 +85,12 @@ class Forward:
         step = make_step(self.store, inputs.rows, inputs.slots, inputs.padding)
         ids = torch.tensor(inputs.ids + padding, device=device)
         positions = torch.tensor(inputs.positions + padding, device=device)
-        return self.forward(ids, positions, torch.tensor(inputs.wanted, dtype=torch.int64, device=device), step)
+        wanted = torch.tensor(inputs.wanted, dtype=torch.int64, device=device)
+        return self.leave(self.forward(ids, positions, wanted, step), ids, wanted)
+
+    def leave(self, output: StepOutput, ids: Tensor, wanted: Tensor) -> StepOutput:
+        """What a step of ``run`` leaves behind for the next one: here nothing."""
+        return output
 
     def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, step: PagedStep | RaggedStep) -> StepOutput:
         """The same from tensors: ids, positions [T], wanted [L]."""

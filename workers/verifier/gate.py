@@ -1,8 +1,8 @@
 """When steps that run ahead of the host are interrupted to let waiting requests in.
 
-Letting anybody in takes a step that is planned on the host, for all running requests: at hundreds of streams that costs several times what
-a step costs that was launched before its turn, and there a request ends in nearly every step. So requests wait a few steps for others, the
-longer the more requests would be held up and the fewer would be let in.
+Letting requests in holds up all that run, for about as long however many come. A request that waits leaves its place idle. So requests wait
+for others until the time that places were idle equals the time that those who run would be held up: neither waiting longer nor letting in
+sooner can then have been much better.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from dspark.workers.verifier.sequence import Sequence as Request
 
-ROWS_A_STEP = 16  # running requests for which one request that waits may be held back by one step
-MAX_STEPS = 8
-MAX_HELD_S = 0.03
+MAX_HELD_S = 0.04
+FIRST_PAUSE_S = 0.004  # how long those who run are held up, until it was measured
+PAUSE_RATE = 0.2
 
 
 class Gate:
@@ -21,23 +21,32 @@ class Gate:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._steps = 0  # for which requests have been held back
+        self._pause_s = FIRST_PAUSE_S
+        self._held = 0  # places that waiting requests could have had since the last question
+        self._idle_s = 0.0  # place x seconds for which requests have been held back
         self._since_s = 0.0  # when the first of them was
+        self._asked_s = 0.0
 
     def lets_in(self, waiting: Sequence[Request], num_running: int, num_places: int) -> bool:
         """Whether the next step is to let some of ``waiting`` in, for whom there are ``num_places`` places."""
         if not waiting or num_places <= 0:
-            self._steps = 0
+            self._held = 0
             return False
         now_s = self._clock()
-        if not self._steps:
-            self._since_s = now_s
-        patience = min(num_running // (ROWS_A_STEP * min(len(waiting), num_places)), MAX_STEPS)
-        if self._steps >= patience or now_s - self._since_s > MAX_HELD_S or any(_is_urgent(request) for request in waiting[:num_places]):
-            self._steps = 0
+        if not self._held:
+            self._since_s, self._idle_s = now_s, 0.0
+        else:
+            self._idle_s += self._held * (now_s - self._asked_s)
+        self._asked_s, self._held = now_s, min(len(waiting), num_places)
+        is_worth_it = self._idle_s + self._held * self._pause_s >= num_running * self._pause_s
+        if is_worth_it or now_s - self._since_s > MAX_HELD_S or any(map(_is_urgent, waiting[:num_places])):
+            self._held = 0
             return True
-        self._steps += 1
         return False
+
+    def took(self, seconds: float) -> None:
+        """Letting requests in has held up the others for so long."""
+        self._pause_s += PAUSE_RATE * (min(seconds, MAX_HELD_S) - self._pause_s)
 
 
 def _is_urgent(sequence: Request) -> bool:

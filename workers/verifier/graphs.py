@@ -114,6 +114,19 @@ class GraphForward(Forward):
         output = self.replay(size, step)
         return StepOutput(output.logits[: len(inputs.wanted)], output.taps, self.own_tokens(len(inputs.wanted)))
 
+    def leave(self, output: StepOutput, ids: Tensor, wanted: Tensor) -> StepOutput:
+        """The best tokens, where graphs leave them too, if there is room for so many."""
+        count = wanted.shape[0]
+        if count > self.sizes.tokens[-1]:
+            return output
+        self._note_best(first_argmax(output.logits), ids, wanted)
+        return StepOutput(output.logits, output.taps, self.own_tokens(count))
+
+    @torch.inference_mode()
+    def give_tokens(self, tokens: NDArray[np.int64]) -> None:
+        """Put tokens that the host knows where a step leaves its best ones; no step may be under way."""
+        self.buffers.own[: len(tokens)].copy_(torch.from_numpy(tokens))
+
     @torch.inference_mode()
     def replay(self, size: int, step: HostStep) -> StepOutput:
         """Run a step of ``size`` tokens; nothing waits for the device."""
@@ -142,15 +155,19 @@ class GraphForward(Forward):
             step = RaggedStep(self.store, views.batch, views.slots)
             ids = buffers.gather_ids(views)
             output = self.forward(ids, views.positions, views.wanted, step)
-            best = first_argmax(output.logits)
-            if sizes.with_matches:
-                note_best(best, ids, views.wanted, buffers.own[:size], buffers.matched[:size])
-            else:
-                buffers.own[:size].copy_(best)
+            self._note_best(first_argmax(output.logits), ids, views.wanted)
             taps = None if output.taps is None or self.feed is not None else self._kept("taps", output.taps)
             return StepOutput(self._kept("logits", output.logits), taps)
 
         return self._best(run) if size <= MAX_ROWS and self.target.device.type == "cuda" else self._capture(run)
+
+    def _note_best(self, best: Tensor, ids: Tensor, wanted: Tensor) -> None:
+        """Leave the best tokens [L] of the rows ``wanted`` of a step of ``ids`` [T] on the device."""
+        own, matched = self.buffers.own[: len(best)], self.buffers.matched[: len(best)]
+        if self.sizes.with_matches:
+            note_best(best, ids, wanted, own, matched)
+        else:
+            own.copy_(best)
 
     def _best(self, run: Run) -> Run:
         """The faster of two graphs, with products of fused layers joined with what surrounds them and apart, as measured here."""

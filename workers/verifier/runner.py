@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.buckets import graph_sizes, padded_size
@@ -98,6 +99,11 @@ class Runner:
     def max_launched(self) -> int:
         """Rows that ``launch`` takes at most; 0 without graphs, and where other ranks would have to be told of tokens."""
         return self._sizes[-1] if self._sizes and self.target.ranks is None else 0
+
+    def give_tokens(self, tokens: NDArray[np.int64]) -> None:
+        """Let the next step that is launched take these, as the tokens of rows 0, 1, … of the step before it."""
+        assert self._graphs is not None
+        self._graphs.give_tokens(tokens)
 
     def launch(self, step: HostStep) -> BestTokens:
         """Launch a step of one token a row from the graphs, and wait for nothing; it may take its tokens from the step before."""

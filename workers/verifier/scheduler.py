@@ -92,8 +92,11 @@ class Scheduler:
         self.counters.left_out += len(out)
         self.chosen = [s for s in self.running if s.id not in out]
 
-    def plan(self, now_s: float, draft_s: float) -> VerifyPlan:
-        """The rows of the step and their blocks; drafts come last, they only fill what is left. Drafting took ``draft_s``."""
+    def plan(self, now_s: float, draft_s: float, whole_prompts: bool = False) -> VerifyPlan:
+        """The rows of the step and their blocks; drafts come last, they only fill what is left. Drafting took ``draft_s``.
+
+        ``whole_prompts``: nobody is let in of whose prompt something would be left for a later step.
+        """
         shares: dict[str, Share] = {}
         left = self.limits.max_batch_tokens
         preempted = self.counters.preemptions
@@ -102,7 +105,7 @@ class Scheduler:
         chunk = self._chunk_tokens(behind, shares, left, now_s)
         chunk -= self._share_out(behind, shares, chunk)
         if preempted == self.counters.preemptions:
-            self._admit(shares, chunk)
+            self._admit(shares, chunk, whole_prompts)
         rows = list(shares.values())
         self.drafts.plan(rows, self._room_for_drafts(sum(s.num_known for s in rows)), draft_s)
         for share in rows:
@@ -185,11 +188,11 @@ class Scheduler:
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=self._key)
 
-    def _admit(self, shares: dict[str, Share], left: int) -> None:
+    def _admit(self, shares: dict[str, Share], left: int, whole_prompts: bool) -> None:
         """Let waiting requests in while tokens, places and blocks last."""
         while self.waiting and left and len(self.running) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
-            if not self._open(sequence):
+            if (whole_prompts and sequence.num_known > left) or not self._open(sequence):
                 break
             self.waiting.pop(0)
             insort(self.running, sequence, key=self._key)

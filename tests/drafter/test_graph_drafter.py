@@ -91,7 +91,7 @@ def test_blocks_of_both_kinds(target: Target, mask: LayerMask) -> None:
 
 def test_chunks_prefix_hits_and_preemption_keep_it_fed(target: Target) -> None:
     module = random_module(target)
-    pair = engines(target, num_blocks=14, module=module, speculation="static:3", max_batch_tokens=16)
+    pair = engines(target, num_blocks=10, module=module, speculation="static:3", max_batch_tokens=16)
     spies = [Spy(engine) for engine in pair]
     for engine in pair:
         run(engine, [greedy("other", PROMPTS["r4"], 3)])
@@ -121,7 +121,8 @@ def test_adaptive_speculation(target: Target, costs: Any) -> None:
 def test_plain_steps_feed_it(target: Target) -> None:
     """Speculation pauses, plain steps are launched ahead, and the drafts that follow are those of a drafter that saw every step."""
     module = random_module(target)
-    eager, graphed = engines(target, module=module, costs=DEAR, num_blocks=64)
+    eager, _ = engines(target, module=module, speculation="static:4", num_blocks=64)
+    _, graphed = engines(target, module=module, costs=DEAR, num_blocks=64)
     spies = [Spy(eager), Spy(graphed)]
     for engine in (eager, graphed):
         run(engine, [greedy("r1", PROMPTS["r1"], 200)])

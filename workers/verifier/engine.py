@@ -249,12 +249,14 @@ class Engine:
         else:
             self._learn(record)
         outcomes, advances, ended = self._commit(plan, result, verdicts, times.judged_s)
+        resumes = is_for_new or (record.num_prefill > 0 and not self.flights.under_way and self.flights.can_resume())
         if not self.flights.is_plain:
-            self._propose(advances, ended, result.taps, depth, may_draft=not is_for_new)
+            self._propose(advances, ended, result.taps, depth, may_draft=not resumes)
         self.landed_s = times.judged_s
         self.forget(ended)
-        if is_for_new:
+        if resumes:
             self.flights.resume()
+        if is_for_new:
             self.ahead.note_pause(self.clock() - times.begin_s)
         return outcomes
 

@@ -64,14 +64,20 @@ class Flights:
         assert self._drafted is not None
         return self._land_drafted(self._drafted)
 
+    def can_resume(self) -> bool:
+        """Whether all that run go on alike from tokens that the host knows."""
+        running = self._engine.scheduler.running
+        return self._engine.ahead.can_run and bool(running) and all(s.num_pending == 1 for s in running) and self._go_on_alike(running)
+
     def resume(self) -> None:
-        """Launch a step of all that run from what the host knows, where they go on alike; nothing may be under way."""
+        """Launch a step of all that run from what the host knows, if they go on alike; nothing may be under way."""
         engine = self._engine
         sequences = list(engine.scheduler.running)
-        if not sequences or any(s.num_pending != 1 for s in sequences) or not self._go_on_alike(sequences):
+        if not self.can_resume():
             return
         engine.landed_s = 0.0  # what the next step takes from here is no measure of such steps
-        depth = self._next_depth() and self._depth_of(sequences)
+        drafts = any(sequence.max_draft(engine.drafter.block_size) for sequence in sequences)
+        depth = self._depth_of(sequences) if drafts else 0
         if not depth:
             self._plain = engine.ahead.again(sequences)
             return

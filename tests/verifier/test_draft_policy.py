@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from dspark.workers.verifier.costs import CostTable, Curve, Floats
 from dspark.workers.verifier.draft_policy import DECIDE_EVERY, LONGEST_PAUSE, LOOK_DEEPER_EVERY, MAX_REST, DraftPolicy, Outlook, Rest
@@ -97,3 +98,17 @@ def test_a_request_rests_longer_and_longer() -> None:
     assert waits == [1, 2, 4, 8, 16, MAX_REST, MAX_REST]
     rest.note(3)
     assert rest.is_due()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 700])
+def test_few_requests_are_judged_by_all_recent_drafts(rows: int) -> None:
+    """Half of the drafts stand whole and half not at all: whichever was seen first, drafts of one request bring half of their tokens."""
+    for first in (0.999, 0.001):
+        policy = DraftPolicy(GAMMA)
+        for confidence in (first, 1.0 - first):
+            policy.observe(survival(confidence))
+            for _ in range(DECIDE_EVERY - 1):
+                policy.pass_over()
+        costs, token = table(0.5 * rows, 0.0), 1e-4
+        assert policy.depth(look(rows, costs, linear(1.0 * rows, token, rows * GAMMA))) == GAMMA
+        assert policy.gain == pytest.approx((1 + GAMMA / 2) / 1.5, rel=0.02)

@@ -124,19 +124,25 @@ class DraftPolicy:
 
     def _best_depth(self, outlook: Outlook) -> int:
         """The depth with the most predicted tokens a second, its drafting paid for."""
-        count = min(outlook.num_drafting, KEPT_ROWS)
-        ranking = rank(self._recent[np.arange(count) * len(self._recent) // count % len(self._recent)])
+        ranking, share = rank(self._recent), outlook.num_drafting / len(self._recent)
         num_rows, seconds = outlook.num_rows, outlook.seconds
         plain = num_rows / outlook.plain_s
         best_depth, best = 0, plain * (1 + MIN_GAIN)
         for depth in range(1, self.block_size + 1):
-            admitted = ranking.down_to(depth).survival[: len(seconds) - 1]
-            expected = num_rows + np.concatenate([[0.0], np.cumsum(admitted)])
+            expected = num_rows + _accepted(ranking.down_to(depth).survival, share)[: len(seconds)]
             value = float(np.max(expected / (seconds[: len(expected)] + outlook.drafting[depth - 1])))
             if value > best:
                 best_depth, best = depth, value
         self.gain = best / plain
         return best_depth
+
+
+def _accepted(survival: Floats, share: float) -> Floats:
+    """Expected accepted tokens [n + 1] of the best 0 .. n drafted ones where ``share`` times as many requests draft alike."""
+    total = np.concatenate([[0.0], np.cumsum(survival)])
+    counts = np.arange(round(len(survival) * share) + 1)
+    accepted: Floats = share * np.interp(counts / share, np.arange(len(total)), total)
+    return accepted
 
 
 @dataclass(slots=True)

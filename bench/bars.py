@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.bench.results import ambiguous, geometric_mean, is_ours, label_of, name_of, offline, rates_by_point
+from dspark.bench.results import ambiguous, geometric_mean, is_ours, label_of, name_of, offline, point_of, rates_by_point
 
 Point = tuple[str, int, float]
+BAR = 0.97  # of the best of all others, at each point
+CLEARLY = 2.0  # standard errors
+MIN_TURNS = 3
 RIVALS = ("plain", "static", "tree")  # shadow is no choice for speed: it verifies what it then throws away
 
 
@@ -36,6 +41,7 @@ def bar_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for label in sorted(label for label, kind in kinds.items() if kind.mode == "adaptive"):
         if best := _against_best(rates, kinds, label):
             lines.append(best)
+            lines += _turn_by_turn(rates, kinds, label, turns_by_point(ours))
         if static := _against_static(rates, kinds, label):
             lines.append(static)
     return lines + _drivers(rates, kinds)
@@ -70,6 +76,43 @@ def _against_best(rates: Mapping[Point, Mapping[str, float]], kinds: Mapping[str
         f"{label} / best of all others at each point: lowest {ratios[lowest][0]:.3f}x ({name_of(lowest)}, {ratios[lowest][1]}),"
         f" geometric mean {mean:.3f}x over {_points(len(ratios))}"
     )
+
+
+def turns_by_point(records: Sequence[Mapping[str, Any]]) -> dict[Point, dict[str, list[float]]]:
+    """Tokens a second of every repeat of every label at every point, in the order in which they ran."""
+    named = ambiguous(records)
+    turns: dict[Point, dict[str, list[float]]] = {}
+    for record in records:
+        turns.setdefault(point_of(record), {}).setdefault(label_of(record, named), []).extend(record.get("tokens_per_s_each", ()))
+    return turns
+
+
+def _turn_by_turn(
+    rates: Mapping[Point, Mapping[str, float]], kinds: Mapping[str, Kind], label: str, turns: Mapping[Point, Mapping[str, Sequence[float]]]
+) -> list[str]:
+    """Where a label is below the bar by more than chance explains: ratios of turns that ran beside each other, to the best other.
+
+    The machine's drift is in both turns of a ratio. That the best other is the best of several by chance, too, is left in.
+    """
+    found: dict[Point, tuple[float, float]] = {}
+    for point, medians in rates.items():
+        others = [other for other in medians if kinds[label].rivals(kinds[other])]
+        if label not in medians or not others:
+            continue
+        ours, theirs = turns[point][label], turns[point][max(others, key=medians.__getitem__)]
+        if len(ours) == len(theirs) >= MIN_TURNS:
+            logs = [math.log(mine / its) for mine, its in zip(ours, theirs, strict=True)]
+            found[point] = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    if not found:
+        return []
+    below = [point for point, (mean, error) in found.items() if mean + CLEARLY * error < math.log(BAR)]
+    lowest = min(found, key=lambda point: found[point][0])
+    mean, error = found[lowest]
+    clear = f" ({', '.join(map(name_of, below))})" if below else ""
+    return [
+        f"{label}, turn by turn: below {BAR} x by more than {CLEARLY:g} standard errors at {len(below)} of {_points(len(found))}{clear};"
+        f" lowest {math.exp(mean):.3f}x +- {100 * error:.1f} % ({name_of(lowest)})"
+    ]
 
 
 def _against_static(rates: Mapping[Point, Mapping[str, float]], kinds: Mapping[str, Kind], label: str) -> str | None:

@@ -114,7 +114,8 @@ class OfflineRecord:
     ``acceptance_rate`` is accepted / verified. ``verified_per_step`` is drafted tokens verified in one forward over all its
     requests; ``budget_mean`` is drafted tokens verified a request and round, and ``window_histogram`` how many rounds
     verified how many. ``predicted_step_ms`` is what the cost table said of the steps that took ``measured_step_ms``, means,
-    null where the engine does not tell. ``tokens_per_s_min`` and ``_max`` are over the repeats.
+    null where the engine does not tell. ``tokens_per_s_min`` and ``_max`` are over the repeats, ``_each`` has them in the order in
+    which they ran, right after those of the other contenders.
     """
 
     identity: Identity
@@ -133,6 +134,7 @@ class OfflineRecord:
     tpot_p50_ms: float | None
     tokens_per_s_min: float
     tokens_per_s_max: float
+    tokens_per_s_each: tuple[float, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """All fields on one level, as they are written."""
@@ -165,6 +167,7 @@ def make_record(identity: Identity, runs: Sequence[Run]) -> OfflineRecord:
         tpot_p50_ms=_ms(per_token) if per_token else None,
         tokens_per_s_min=round(min(rates), 1),
         tokens_per_s_max=round(max(rates), 1),
+        tokens_per_s_each=tuple(round(one, 2) for one in rates),
     )
 
 

@@ -142,6 +142,7 @@ def test_repeats_become_medians() -> None:
     identity = Identity.of(Point("tiny", 1, 0.7), Work(1, 11, False, 3), contender, Origin("dspark-test", "ngram", 6, "m", "c"))
     record = make_record(identity, [run(1.0), run(4.0), run(2.0)])
     assert (record.tokens_per_s, record.tokens_per_s_min, record.tokens_per_s_max, identity.repeats) == (5.5, 2.8, 11.0, 3)
+    assert record.tokens_per_s_each == (11.0, 2.75, 5.5)
     assert record.window_histogram == {2: 15}
     assert (record.seconds, record.ttft_p50_ms, record.tpot_p50_ms, record.accepted_length) == (2.0, 2000.0, 200.0, 2.0)
     assert (record.as_dict()["acceptance"], record.as_dict()["draft_len"]) == ("coupled", 2)

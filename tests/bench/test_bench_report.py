@@ -107,6 +107,20 @@ def test_what_adaptive_is_worth() -> None:
     ]
 
 
+def test_what_chance_explains_is_told_apart() -> None:
+    """The best other is 10 % faster at both points: in every turn at one, now and then at the other."""
+    steady, shaky = [100.0, 90.0, 110.0, 100.0], [100.0, 60.0, 130.0, 100.0]
+    records = [
+        *(line("static", 110.0, draft_len=3, concurrency=streams, tokens_per_s_each=[1.1 * one for one in steady]) for streams in (1, 4)),
+        line("adaptive", 100.0, draft_len=7, tokens_per_s_each=steady),
+        line("adaptive", 100.0, draft_len=7, concurrency=4, tokens_per_s_each=shaky),
+    ]
+    (text,) = [text for text in bar_lines(records) if "turn by turn" in text]
+    assert "below 0.97 x by more than 2 standard errors at 1 of 2 points (code at 1)" in text
+    few = [{**record, "tokens_per_s_each": record["tokens_per_s_each"][:2]} for record in records]
+    assert not [text for text in bar_lines(few) if "turn by turn" in text]
+
+
 def test_rivals_have_the_same_drafter_rule_and_acceptance() -> None:
     """Sampled without and with a seed, real and forced: each adaptive is held against its own kind, and against plain."""
     records = [

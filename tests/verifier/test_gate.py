@@ -8,7 +8,7 @@ import pytest
 from helpers.engines import greedy
 
 from dspark.types import LatencyBudget, Speculation
-from dspark.workers.verifier.gate import FIRST_PAUSE_S, MAX_HELD_S, Gate
+from dspark.workers.verifier.gate import FIRST_PAUSE_S, KEPT_PAUSES, MAX_HELD_S, Gate
 from dspark.workers.verifier.sequence import Sequence
 
 STEP_S = FIRST_PAUSE_S / 4
@@ -63,11 +63,11 @@ def test_more_that_come_meanwhile_open_it_sooner() -> None:
 
 def test_what_letting_in_costs_is_learnt() -> None:
     gate = Gate(Ticking())
-    for _ in range(50):
-        gate.took(FIRST_PAUSE_S / 2)
-    assert held(gate, waiting(1), 5, 1) in (8, 9)
-    for _ in range(50):
-        gate.took(100.0)
+    for seconds in (9.0, FIRST_PAUSE_S / 2, 9.0):
+        gate.took(seconds)
+    assert held(gate, waiting(1), 5, 1) == 8
+    for _ in range(KEPT_PAUSES):
+        gate.took(9.0)
     assert held(gate, waiting(1), 5, 1) == pytest.approx(MAX_HELD_S / STEP_S, abs=1)
 
 

@@ -297,7 +297,8 @@ class Flights:
         counts = [outcome.accepted for outcome in outcomes[part]]  # what followed the end of a request was never asked for
         is_cut = [len(outcome.tokens) <= outcome.accepted for outcome in outcomes[part]]
         engine.survival.observe_chains(confidence[part].tolist(), margin[part].tolist(), counts, is_cut)
-        engine.aside.run(engine.survival.learn)
+        if engine.survival.has_enough:
+            engine.aside.run(engine.survival.learn)
 
 
 def _are_alike(sequences: list[Sequence]) -> bool:

@@ -1,19 +1,20 @@
 """When steps that run ahead of the host are interrupted to let waiting requests in.
 
-Letting requests in holds up all that run, for about as long however many come. A request that waits leaves its place idle. So requests wait
-for others until the time that places were idle equals the time that those who run would be held up: neither waiting longer nor letting in
-sooner can then have been much better.
+Letting requests in holds up all that run, for a time that is in part the same however many come: the shortest pause of late. A request
+that waits leaves its place idle. So requests wait for others until the time that places were idle equals that part of the time that those
+who run are held up: neither waiting longer nor letting in sooner can then have been much better.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from dspark.workers.verifier.sequence import Sequence as Request
 
-MAX_HELD_S = 0.04
+MAX_HELD_S = 0.1
 FIRST_PAUSE_S = 0.004  # how long those who run are held up, until it was measured
-PAUSE_RATE = 0.2
+KEPT_PAUSES = 64
 
 
 class Gate:
@@ -21,6 +22,7 @@ class Gate:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._pauses: deque[float] = deque(maxlen=KEPT_PAUSES)  # seconds
         self._pause_s = FIRST_PAUSE_S
         self._held = 0  # places that waiting requests could have had since the last question
         self._idle_s = 0.0  # place x seconds for which requests have been held back
@@ -46,7 +48,8 @@ class Gate:
 
     def took(self, seconds: float) -> None:
         """Letting requests in has held up the others for so long."""
-        self._pause_s += PAUSE_RATE * (min(seconds, MAX_HELD_S) - self._pause_s)
+        self._pauses.append(seconds)
+        self._pause_s = min(self._pauses)
 
 
 def _is_urgent(sequence: Request) -> bool:

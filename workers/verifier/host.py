@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[StepOutcome]], None]
 MAX_PRIORITIES = 16  # told apart in a view
+AT_ONCE = 16  # outcomes that the engine's thread hands out itself: waking another thread up takes longer
 STALL_S = 60.0  # queued work without a finished step for this long is unhealthy
 
 
@@ -212,8 +213,9 @@ class EngineHost:
                 if self._do_errands() and not self.engine.has_work:
                     continue
                 outcomes = self.engine.step()
-                if self.engine.options.overlapped:
-                    self.engine.aside.run(partial(self._deliver, outcomes))
+                aside = self.engine.aside
+                if self.engine.options.overlapped and (len(outcomes) > AT_ONCE or not aside.is_idle):
+                    aside.run(partial(self._deliver, outcomes))  # or they would overtake those of the step before
                 else:
                     self._deliver(outcomes)
                 self._last_progress = time.monotonic()

@@ -106,9 +106,14 @@ class SurvivalEstimator:
             parents = chain_parents(len(sure))
             self._rounds.append(_Round(parents, tuple(sure), tuple(clear), len(parents), range(count), cut))
 
+    @property
+    def has_enough(self) -> bool:
+        """Whether ``learn`` has anything to do."""
+        return len(self._rounds) >= ROUNDS_A_REFIT
+
     def learn(self) -> None:
         """Take in the rounds noted, once they are enough; call it once a step."""
-        if len(self._rounds) < ROUNDS_A_REFIT:
+        if not self.has_enough:
             return
         rounds, self._rounds = self._rounds, []
         rounds = rounds[:]  # the engine may be adding to the old list on its own thread

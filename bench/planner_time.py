@@ -1,11 +1,13 @@
 """Host time of a step's decisions about drafts: what they cost while the device could be computing.
 
-For R decoding requests with γ drafted tokens each, made up; nothing of a model runs. One row an estimator, medians in microseconds::
+For R decoding requests with γ drafted tokens each, made up as one call of a drafter would leave them; nothing of a model runs. One
+row an estimator, medians in microseconds::
 
+    share      the scheduler's part: noting who takes part, with which tokens, draft and limit, while it gives out tokens (``Shares``)
     estimate   survival of every drafted token
     rank       their order
     schedule   seconds of every count, the best count, what it means for each request
-    plan       all of it as an engine asks for it once a step, its own bookkeeping included
+    plan       the three before it as the scheduler asks for them once a step, the planner's own bookkeeping included
     learn      afterwards, beside the next step: noting R judged drafts and learning from them
 """
 
@@ -13,24 +15,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
+import numpy as np
+
 from dspark.bench.machine import describe_machine, source_commit
 from dspark.bench.metrics import median
 from dspark.bench.tables import Column, Table
 from dspark.sampling import SamplingParams
-from dspark.types import DraftSignals, DraftTree, Request, Speculation
+from dspark.types import DraftSignals, DraftTree, Request, SignalRows, Speculation
 
 if TYPE_CHECKING:
-    from dspark.workers.verifier.draft_planner import DraftPlanner, Share
+    from dspark.workers.verifier.draft_planner import DraftPlanner
+    from dspark.workers.verifier.sequence import Sequence as Running
 
 CONTEXT = 256  # tokens of each request
 WARM_UP = 20
-STAGES = ("estimate", "rank", "schedule", "plan", "learn")
+STAGES = ("share", "estimate", "rank", "schedule", "plan", "learn")
 COLUMNS = [
     Column("requests", 8),
     Column("positions", 9),
@@ -86,26 +91,34 @@ class _Step:
     """The decisions of one step, each stage on what the one before it left."""
 
     def __init__(self, num_requests: int, positions: int, estimator: str) -> None:
-        self._draw = random.Random(0)
         self.planner = _make_planner(num_requests, positions, estimator)
-        self.shares = [self._share(f"r{i}", positions) for i in range(num_requests)]
-        self.trees = [share.sequence.draft for share in self.shares if share.sequence.draft is not None]
+        draw = np.random.default_rng(0)
+        size = (num_requests, positions)
+        signals = SignalRows(draw.uniform(0.2, 0.99, size), draw.normal(1.0, 2.0, size))
+        self.running = [self._sequence(i, signals) for i in range(num_requests)]
         self.most = num_requests * positions
 
-    def _share(self, name: str, positions: int) -> Share:
-        from dspark.workers.verifier.draft_planner import Share
+    def _sequence(self, row: int, signals: SignalRows) -> Running:
         from dspark.workers.verifier.sequence import Sequence as Running
 
+        name = f"r{row}"
+        sure, margin = signals.confidence[row].tolist(), signals.margin[row].tolist()
+        positions = len(sure)
         request = Request(name, tuple(range(CONTEXT)), SamplingParams(temperature=0.0))
         sequence = Running.of(request, Speculation(), 2 * CONTEXT)
         sequence.num_computed, sequence.drafts_wanted, sequence.draft_depth = CONTEXT - 1, positions, positions
-        sure = [self._draw.uniform(0.2, 0.99) for _ in range(positions)]
-        margin = [self._draw.gauss(1.0, 2.0) for _ in range(positions)]
-        sequence.draft = DraftTree.chain(name, CONTEXT, [1] * positions, sure, None, margin)
-        return Share(sequence, 1)
+        sequence.draft = DraftTree.chain(name, CONTEXT, [1] * positions, sure, None, margin, signals, row)
+        return sequence
+
+    def share(self) -> None:
+        from dspark.workers.verifier.shares import Shares
+
+        self.shares = Shares()
+        for sequence in self.running:
+            self.shares.add(sequence, 1, math.inf)
 
     def estimate(self) -> None:
-        self.survival = self.planner.survival.survival(self.trees)
+        self.survival = self.planner.survival.survival(self.shares.drafts)
 
     def rank(self) -> None:
         from dspark.workers.verifier.planner import rank
@@ -113,19 +126,18 @@ class _Step:
         self.ranking = rank(self.survival)
 
     def schedule(self) -> list[int]:
-        from dspark.workers.verifier.draft_planner import StepShape
         from dspark.workers.verifier.planner import best_count
 
         assert self.planner.costs is not None
-        seconds = StepShape.of(self.shares).seconds(self.planner.costs, self.most)
-        lengths: list[int] = self.ranking.lengths(best_count(self.ranking, len(self.shares), seconds)).tolist()
+        seconds = self.shares.seconds(self.planner.costs, self.most)
+        lengths: list[int] = self.ranking.lengths(best_count(self.ranking, len(self.running), seconds)).tolist()
         return lengths
 
     def plan(self) -> None:
         self.planner.plan(self.shares, self.most, 0.001)
 
     def learn(self) -> None:
-        for tree in self.trees:
+        for tree in self.shares.drafts:
             self.planner.survival.observe(tree, len(tree.tokens), range(len(tree.tokens) // 2))
         self.planner.survival.learn()
 

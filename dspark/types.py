@@ -163,6 +163,14 @@ def chain_parents(count: int) -> tuple[int, ...]:
     return tuple(range(-1, count - 1))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SignalRows:
+    """What a drafter says of R chains that it drafted together: ``confidence`` and ``margin`` [R, γ], float64 on the host."""
+
+    confidence: Any
+    margin: Any
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """Drafted tokens of one request, parents before children; a chain has parents -1, 0, 1, …
@@ -171,7 +179,7 @@ class DraftTree:
     ``law`` None means that every token was chosen deterministically (a one-hot law).
     ``margin[i]`` is how sure the law of node i is of itself, by any measure that grows with it and does not look at token i
     (DSpark modules: log-odds of the best token at temperature 1); of a later sibling it is a logit of acceptance. Empty when the
-    drafter has none.
+    drafter has none. A chain that was drafted beside others may name the ``row`` of ``rows`` that begins with the same numbers.
     """
 
     request_id: str
@@ -181,6 +189,8 @@ class DraftTree:
     confidence: tuple[float, ...]
     law: DraftLaw | None = None
     margin: tuple[float, ...] = ()
+    rows: SignalRows | None = field(default=None, compare=False, repr=False)
+    row: int = field(default=0, compare=False, repr=False)
 
     @staticmethod
     def chain(
@@ -190,9 +200,12 @@ class DraftTree:
         confidence: Sequence[float],
         law: DraftLaw | None = None,
         margin: Sequence[float] = (),
+        rows: SignalRows | None = None,
+        row: int = 0,
     ) -> DraftTree:
         """A tree without branches."""
-        return DraftTree(request_id, base_len, tuple(tokens), chain_parents(len(tokens)), tuple(confidence), law, tuple(margin))
+        parents = chain_parents(len(tokens))
+        return DraftTree(request_id, base_len, tuple(tokens), parents, tuple(confidence), law, tuple(margin), rows, row)
 
     def first(self, count: int) -> DraftTree:
         """The first ``count`` nodes, with their laws."""
@@ -207,6 +220,8 @@ class DraftTree:
             self.confidence[:count],
             law,
             self.margin[:count],
+            self.rows,
+            self.row,
         )
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dspark.workers.verifier.costs import CostTable, Curve, Floats
-from dspark.workers.verifier.draft_policy import DECIDE_EVERY, LONGEST_PAUSE, LOOK_DEEPER_EVERY, MAX_REST, DraftPolicy, Outlook, Rest
+from dspark.workers.verifier.draft_policy import DECIDE_EVERY, LONGEST_PAUSE, LOOK_DEEPER_EVERY, MAX_REST, RESTED, DraftPolicy, Outlook
 
 GAMMA = 7
 
@@ -88,15 +88,15 @@ def test_shorter_drafts_keep_what_is_known_of_later_positions() -> None:
 
 
 def test_a_request_rests_longer_and_longer() -> None:
-    rest, waits = Rest(), []
+    rest, waits = RESTED, []
     for _ in range(7):
-        rest.note(0)
+        rest = rest.after(0)
         wait = 0
         while not rest.is_due():
             wait += 1
         waits.append(wait)
     assert waits == [1, 2, 4, 8, 16, MAX_REST, MAX_REST]
-    rest.note(3)
+    rest = rest.after(3)
     assert rest.is_due()
 
 

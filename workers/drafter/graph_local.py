@@ -15,7 +15,7 @@ from torch import Tensor
 from dspark.kernels.graphs import Capture
 from dspark.kernels.kv_store import store_kv
 from dspark.sampling import AcceptanceRule
-from dspark.types import BlockTables, Continuations, DeviceDrafts, DraftedChains, DraftLaw, DraftTree, DraftTurn
+from dspark.types import BlockTables, Continuations, DeviceDrafts, DraftedChains, DraftLaw, DraftTree, DraftTurn, SignalRows
 from dspark.workers.drafter.draft_graphs import (
     GREEDY_WIDTH,
     DraftGraphs,
@@ -151,13 +151,14 @@ class GraphDrafter(LocalDrafter):
                 ids, probs = ids.clone(), probs.clone()  # the graph's own tensors hold the laws only until it runs again
             chains = blocks.outcome.read(len(states))
             anchors = zip(chains.positions.tolist(), chains.anchors.tolist(), strict=True)
+            signals = SignalRows(chains.confidence, chains.margin)
             drafted = zip(chains.tokens.tolist(), chains.confidence.tolist(), chains.margin.tolist(), strict=True)
             for row, (state, anchor, (tokens, confidence, margin)) in enumerate(zip(states, anchors, drafted, strict=True)):
                 if state is None or (state.base_len - 1, state.anchor) != anchor:
                     continue
                 request_id = blocks.request_ids[row]
                 law = None if state.sampling.is_exact else DraftLaw(ids[row], probs[row])
-                self._ready[request_id] = DraftTree.chain(request_id, state.base_len, tokens, confidence, law, margin)
+                self._ready[request_id] = DraftTree.chain(request_id, state.base_len, tokens, confidence, law, margin, signals, row)
 
 
 def draft_row(state: State, table: Sequence[int]) -> DraftRow:

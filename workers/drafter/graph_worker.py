@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dspark.kernels.graphs import Capture
-from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
+from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn, SignalRows
 from dspark.workers.drafter.draft_graphs import GREEDY_WIDTH, DraftGraphs, num_places, spare_blocks
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.fused import fuse_context
@@ -61,9 +61,10 @@ class GraphWorkerDrafter(LocalDrafter):
         if not all(state.sampling.is_exact for _, state, _ in rows):
             ids, probs = ids.clone(), probs.clone()  # the graph's own tensors hold the laws only until it runs again
         chains = outcome.read(len(rows))
+        signals = SignalRows(chains.confidence, chains.margin)
         numbers = zip(chains.tokens.tolist(), chains.confidence.tolist(), chains.margin.tolist(), strict=True)
         trees = []
         for i, ((name, state, count), (tokens, confidence, margin)) in enumerate(zip(rows, numbers, strict=True)):
             law = None if state.sampling.is_exact else DraftLaw(ids[i, :count], probs[i, :count])
-            trees.append(DraftTree.chain(name, state.base_len, tokens[:count], confidence[:count], law, margin[:count]))
+            trees.append(DraftTree.chain(name, state.base_len, tokens[:count], confidence[:count], law, margin[:count], signals, i))
         return trees

@@ -18,7 +18,7 @@ from torch import Tensor
 from dspark.kernels.buckets import pad_rows
 from dspark.kernels.device import use_device
 from dspark.sampling import AcceptanceRule, SamplingParams
-from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn
+from dspark.types import BlockTables, DraftLaw, DraftTree, DraftTurn, SignalRows
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.grafted import GraftedModule
@@ -128,13 +128,13 @@ class GraftedDrafter(ABC, Generic[Module]):
 
     def _as_chains(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int], draft: BlockDraft) -> list[DraftTree]:
         """The first ``counts`` tokens of every row of a draft."""
-        tokens, confidence, margin = draft.tokens.tolist(), draft.confidence.tolist(), draft.margin.tolist()
+        signals = SignalRows(draft.confidence.double().cpu().numpy(), draft.margin.double().cpu().numpy())
+        tokens, confidence, margin = draft.tokens.tolist(), signals.confidence.tolist(), signals.margin.tolist()
         chains = []
         for row, (request_id, state, count) in enumerate(zip(request_ids, states, counts, strict=True)):
             law = None if state.sampling.is_exact else DraftLaw(draft.ids[row, :count], draft.probs[row, :count])
-            chains.append(
-                DraftTree.chain(request_id, state.base_len, tokens[row][:count], confidence[row][:count], law, margin[row][:count])
-            )
+            numbers = (tokens[row][:count], confidence[row][:count], law, margin[row][:count])
+            chains.append(DraftTree.chain(request_id, state.base_len, *numbers, signals, row))
         return chains
 
     def _width(self, states: Sequence[State]) -> int:

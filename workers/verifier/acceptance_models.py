@@ -93,16 +93,15 @@ class OnlineLogistic:
         """``start`` [slots, parameters]: the weights of the signals in order, then the bias."""
         self.names = names
         self._start = np.clip(start, -self.LIMIT, self.LIMIT)
-        self._theta = self._start.copy()
+        self._set_theta(self._start)
         self._information = np.zeros((*start.shape, start.shape[1]))
 
     def probability(self, signals: Sequence[Floats], slots: Ints) -> Floats:
-        *weights, bias = self._theta.T
-        z: Floats = signals[0] * weights[0][slots]
+        *weights, bias = self._negative.take(slots, axis=1)
+        z: Floats = signals[0] * weights[0]
         for signal, weight in zip(signals[1:], weights[1:], strict=True):
-            z += signal * weight[slots]
-        z += bias[slots]
-        np.negative(z, out=z)
+            z += signal * weight
+        z += bias
         np.exp(z, out=z)
         z += 1.0
         np.reciprocal(z, out=z)
@@ -123,12 +122,17 @@ class OnlineLogistic:
         self._information = self._information * keep[:, None, None] + information
         step = np.linalg.solve(self._information + self.RIDGE * np.eye(size), gradient[:, :, None])[:, :, 0]
         step /= np.maximum(1.0, np.abs(step).max(1, keepdims=True) / self.MAX_STEP)
-        self._theta = np.clip(self._theta + step, -self.LIMIT, self.LIMIT)
+        self._set_theta(np.clip(self._theta + step, -self.LIMIT, self.LIMIT))
 
     def relax(self, slots: Bools) -> None:
         part = np.where(slots, RELAX, 0.0)[:, None]
-        self._theta = self._theta + part * (self._start - self._theta)
+        self._set_theta(self._theta + part * (self._start - self._theta))
         self._information = self._information * (1.0 - part[:, :, None])
 
     def parameters(self) -> Floats:
         return self._theta
+
+    def _set_theta(self, theta: Floats) -> None:
+        """Parameters [slots, parameters]; the logistic function asks for their negatives [parameters, slots]."""
+        self._theta = theta
+        self._negative = np.ascontiguousarray(-theta.T)

@@ -152,7 +152,7 @@ class LiveCosts:
         self._host_row_s = 0.0
         self._flown: dict[int, float] = {}  # logarithms of factors, by the number of rows in bits
         self._num_observed = 0
-        self._dense = measured.verify.dense(max_tokens)
+        self._set_dense()
 
     def extra_seconds(self, base_tokens: int, context_tokens: int, max_extra: int, with_padding: bool = True) -> Floats:
         """Seconds [n + 1] of a step with ``base_tokens`` and 0 .. n more, n the largest that was asked for and is tabled.
@@ -160,9 +160,8 @@ class LiveCosts:
         ``with_padding``: a staircase, as steps are padded; otherwise the curve through it.
         """
         last = min(base_tokens + max_extra, self._max_tokens)
-        sizes = slice(base_tokens, last + 1)
-        dense = self._dense[self._padded[sizes]] if with_padding else self._dense[sizes]
-        seconds: Floats = dense + self.table.verify_context_s * context_tokens
+        dense = self._stairs if with_padding else self._dense
+        seconds: Floats = dense[base_tokens : last + 1] + self.table.verify_context_s * context_tokens
         return seconds
 
     def observe_verify(self, num_tokens: int, context_tokens: int, seconds: float) -> None:
@@ -232,6 +231,11 @@ class LiveCosts:
             draft_deeper=Curve(m.draft_deeper.sizes, tuple(s * draft_common for s in m.draft_deeper.seconds)),
             draft_context_s=m.draft_context_s * draft_common,
         )
-        self._dense = self.table.verify.dense(self._max_tokens)
+        self._set_dense()
         if self._plain_curve is not None:
             self._plain_curve = m.verify.scaled(self._plain.factors())
+
+    def _set_dense(self) -> None:
+        """The table's curve at 0 .. the most tokens, and the staircase of padded steps."""
+        self._dense = self.table.verify.dense(self._max_tokens)
+        self._stairs = self._dense[self._padded]

@@ -3,7 +3,7 @@
 ::
 
     R drafts of at most n nodes; S slots
-    signals   D arrays [R, n]          0 behind the last node of a draft
+    signals   D arrays [R, n]          0 behind the last node of a draft; in memory node by node where all drafts are chains alike
     slots     [n] or [R, n] int        a node's depth, at most S - 2; S - 1 for a node that has an older sibling
     parents   [R, n] int               -1 is the anchor; None when all drafts are chains
 
@@ -16,12 +16,13 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark.types import chain_parents
+from dspark.types import DraftTree, chain_parents
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -96,16 +97,39 @@ def gather(trees: Sequence[Drafted], names: Sequence[str], num_slots: int) -> No
     parents = [tree.parents for tree in trees]
     if parents.count(parents[0]) == len(parents) and (shape := shape_of(parents[0], num_slots)).is_chain:
         size = (len(trees), len(parents[0]))
-        signals = tuple(_signal(trees, name, size[0] * size[1]).reshape(size) for name in names)
-        return Nodes(signals, shape.slots, None, None)
+        return _chain_nodes([_values(trees, name, size[0] * size[1]).reshape(size) for name in names], names, shape)
     return _gather_uneven(trees, names, num_slots)
+
+
+def gather_rows(trees: Sequence[DraftTree], names: Sequence[str], num_slots: int) -> Nodes | None:
+    """``gather`` of chains, all as long, that were drafted together; None if they are something else."""
+    rows, parents = trees[0].rows, trees[0].parents
+    if rows is None or not names:
+        return None
+    order = [tree.row for tree in trees if tree.rows is rows and tree.parents is parents]
+    if len(order) != len(trees):
+        return None
+    confidence, margin = rows.confidence, rows.margin
+    if order != _in_order(len(confidence)):
+        confidence, margin = confidence[order], margin[order]
+    return chain_nodes(confidence[:, : len(parents)], margin[:, : len(parents)], names, num_slots)
+
+
+@lru_cache
+def _in_order(count: int) -> list[int]:
+    return list(range(count))
 
 
 def chain_nodes(confidence: Floats, margin: Floats, names: Sequence[str], num_slots: int) -> Nodes:
     """``gather`` of chains [R, n] that are arrays already."""
-    signals = {"confidence": (_logits, confidence), "margin": (_bounded_margins, margin)}
-    chosen = tuple(convert(values) for convert, values in map(signals.__getitem__, names))
-    return Nodes(chosen, shape_of(chain_parents(confidence.shape[1]), num_slots).slots, None, None)
+    given = {"confidence": confidence, "margin": margin}
+    return _chain_nodes([given[name] for name in names], names, shape_of(chain_parents(confidence.shape[1]), num_slots))
+
+
+def _chain_nodes(values: Sequence[Floats], names: Sequence[str], shape: Shape) -> Nodes:
+    """Chains side by side, from what their drafter says of each signal [R, n]."""
+    signals = tuple([CONVERT[name](one.T.copy()).T for name, one in zip(names, values, strict=True)])
+    return Nodes(signals, shape.slots, None, None)
 
 
 def _gather_uneven(trees: Sequence[Drafted], names: Sequence[str], num_slots: int) -> Nodes:
@@ -114,7 +138,7 @@ def _gather_uneven(trees: Sequence[Drafted], names: Sequence[str], num_slots: in
     lengths = np.array([len(shape.slots) for shape in shapes])
     is_node = np.arange(lengths.max()) < lengths[:, None]
     count = int(lengths.sum())
-    signals = tuple(_spread(_signal(trees, name, count), is_node, 0.0) for name in names)
+    signals = tuple(_spread(CONVERT[name](_values(trees, name, count).copy()), is_node, 0.0) for name in names)
     slots = _spread(np.concatenate([shape.slots for shape in shapes]), is_node, 0)
     if all(shape.is_chain for shape in shapes):
         return Nodes(signals, slots, None, is_node)
@@ -123,13 +147,15 @@ def _gather_uneven(trees: Sequence[Drafted], names: Sequence[str], num_slots: in
 
 
 def along_branches(conditional: Floats, parents: Ints | None) -> Floats:
-    """Survival [R, n] from P(a node is accepted | its parent was), never rising along a row.
+    """Survival [R, n] from P(a node is accepted | its parent was), never rising along a row; of chains in place of ``conditional``.
 
     A node that seems likelier than one before it in the list waits for that one all the same, because the first nodes of a list
     are what is verified.
     """
     if parents is None:
-        return np.multiply.accumulate(conditional, axis=1)
+        for before, node in pairwise(conditional.T):
+            node *= before
+        return conditional
     rows = np.arange(len(conditional))
     survival = np.empty_like(conditional)
     for node in range(conditional.shape[1]):
@@ -155,28 +181,37 @@ def outcomes_of(parents: tuple[int, ...], num_verified: int, accepted: Sequence[
     return Outcomes(count, shape.depths[:count], shape.slots[:count], is_tried, stood)
 
 
-def _signal(trees: Sequence[Drafted], name: str, count: int) -> Floats:
-    """A signal of all ``count`` nodes of all trees, in order: finite whatever the drafter says, 0 for a margin that it does not give."""
+def _values(trees: Sequence[Drafted], name: str, count: int) -> Floats:
+    """A signal of all ``count`` nodes of all trees, in order and as the drafter says it; 0 for a margin that it does not give."""
     values: list[float] = []
     if name == "margin":
         for tree in trees:
             values += tree.margin
         if len(values) != count:
             values = [value for tree in trees for value in tree.margin or (0.0,) * len(tree.parents)]
-        return _bounded_margins(_floats(values))
+        return _floats(values)
     for tree in trees:
         values += tree.confidence
-    return _logits(_floats(values))
+    return _floats(values)
 
 
-def _bounded_margins(values: Floats) -> Floats:
-    return np.fmin(np.fmax(values, -MAX_MARGIN), MAX_MARGIN)  # a NaN becomes the bound
+def _bound_margins(values: Floats) -> Floats:
+    """In place: finite whatever the drafter says."""
+    np.fmax(values, -MAX_MARGIN, out=values)  # a NaN becomes the bound
+    np.fmin(values, MAX_MARGIN, out=values)
+    return values
 
 
-def _logits(confidence: Floats) -> Floats:
-    chance = np.fmin(np.fmax(confidence, MIN_CHANCE), 1.0 - MIN_CHANCE)
-    logits: Floats = np.log(chance / (1.0 - chance))
-    return logits
+def _to_logits(confidence: Floats) -> Floats:
+    """In place: finite whatever the drafter says."""
+    np.fmax(confidence, MIN_CHANCE, out=confidence)
+    np.fmin(confidence, 1.0 - MIN_CHANCE, out=confidence)
+    confidence /= 1.0 - confidence
+    np.log(confidence, out=confidence)
+    return confidence
+
+
+CONVERT = {"confidence": _to_logits, "margin": _bound_margins}
 
 
 def _floats(values: list[float]) -> Floats:

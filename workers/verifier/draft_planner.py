@@ -14,54 +14,15 @@ import numpy as np
 
 from dspark.types import DraftTree, Mode
 from dspark.workers.verifier.costs import Floats, LiveCosts
-from dspark.workers.verifier.draft_policy import LOOK_ROWS, DraftPolicy, Outlook
+from dspark.workers.verifier.draft_policy import LOOK_ROWS, RESTED, DraftPolicy, Outlook
 from dspark.workers.verifier.draft_worth import DraftWorth
 from dspark.workers.verifier.planner import Pace, Ranking, best_count, count_within, early_stop, pack, rank
 from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.shares import Shares, num_drafted
 from dspark.workers.verifier.survival import SurvivalEstimator
 
 ROW_RATE = 0.1  # of the running mean of drafts a row
 LAG = 2  # steps between the confidences that a budget comes from and the step that it is for (DSpark section 5.2)
-
-
-@dataclass(slots=True)
-class Share:
-    """One request's part of the step being planned. ``num_commit``: drafted tokens that may be committed (shadow: not all)."""
-
-    sequence: Sequence
-    num_known: int
-    num_draft: int = 0
-    num_commit: int = 0
-    limit_s: float = math.inf  # seconds a token that keep its latency budget
-
-    @property
-    def samples(self) -> bool:
-        return self.num_known == self.sequence.num_pending
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What the cost of a step hangs on, drafts not counted: ``decode_tokens`` and ``prefill_tokens`` over ``context`` positions."""
-
-    decode_tokens: int
-    prefill_tokens: int
-    context: int
-
-    @staticmethod
-    def of(shares: Seq[Share]) -> StepShape:
-        decode = tokens = context = 0
-        for share in shares:
-            known = share.num_known
-            tokens += known
-            context += share.sequence.num_computed + known
-            if known == 1:
-                decode += 1
-        return StepShape(decode, tokens - decode, context)
-
-    def seconds(self, costs: LiveCosts, max_extra: int, with_padding: bool = True) -> Floats:
-        """Seconds [k + 1] of the step with 0 .. k drafted tokens."""
-        decode = costs.extra_seconds(self.decode_tokens, self.context, max_extra, with_padding)
-        return decode + costs.table.prefill_s * self.prefill_tokens
 
 
 @dataclass(slots=True)
@@ -87,27 +48,25 @@ class DraftPlanner:
     _last_depth: int = 0
     _history: deque[Ranking] = field(default_factory=lambda: deque(maxlen=LAG))
 
-    def plan(self, shares: Seq[Share], left: int, draft_s: float) -> None:
-        """Set ``num_draft`` of every share that has a draft, over at most ``left`` tokens. Drafting it took ``draft_s``."""
-        trimmed: list[Share] = []
-        for share in shares:
-            sequence = share.sequence
-            if sequence.draft is None or not num_drafted(sequence) or not share.samples:
-                continue
-            if self.costs is None or sequence.speculation.mode is Mode.STATIC:
-                self._take_all(share, left)
-                left -= share.num_draft
-            else:
-                trimmed.append(share)
-        if self.costs is None:
+    def plan(self, shares: Shares, left: int, draft_s: float) -> None:
+        """Decide ``num_draft`` and ``num_commit`` of every row, over at most ``left`` tokens. Drafting took ``draft_s``."""
+        costs = self.costs
+        shares.num_draft = shares.num_commit = [0] * len(shares.sequences)
+        num_whole = 0
+        for place in shares.whole if costs is not None else sorted(shares.whole + shares.places):
+            num_draft = shares.num_draft[place] = min(num_drafted(shares.sequences[place]), left - num_whole)
+            num_whole += num_draft
+        if costs is None:
             return
-        self._trim(self.costs, trimmed, shares, left, draft_s)
-        for share in trimmed:
-            sequence = share.sequence
-            sequence.rest.note(share.num_commit)
-            if sequence.speculation.mode is Mode.SHADOW:
-                share.num_draft = min(num_drafted(sequence), share.num_draft + left)
-                left -= share.num_draft - share.num_commit
+        left -= num_whole
+        survival = self.survival.survival(shares.drafts)
+        self._trim(costs, shares, survival, num_whole, left, draft_s)
+        if shares.shadows:
+            self._add_shadows(shares, left)
+        if self.policy.wants_survival:
+            self.policy.observe(_branches(shares, survival))
+        else:
+            self.policy.pass_over()
 
     def note_chains(self, confidence: Floats, margin: Floats) -> None:
         """A step verifies these chains [R, n] whole, without a plan: what they say of themselves is kept as that of planned ones is."""
@@ -152,7 +111,7 @@ class DraftPlanner:
     def _outlook(self, costs: LiveCosts, rows: Seq[Sequence], num_drafting: int) -> Outlook:
         """What the next step of these requests costs, plain and with drafts for ``num_drafting`` of them."""
         context = sum(s.num_computed for s in rows)
-        seconds = StepShape(len(rows), 0, context).seconds(costs, num_drafting * self.policy.block_size)
+        seconds = costs.extra_seconds(len(rows), context, num_drafting * self.policy.block_size)
         plain_s, factor = float(seconds[0]), None
         if self.runs_ahead:  # the host's work lies under such steps
             plain_s, factor = costs.plain_seconds(len(rows), context), costs.flown_factor(len(rows))
@@ -176,32 +135,43 @@ class DraftPlanner:
             return 0.0
         return self.costs.table.step_seconds(round(num_rows * (1.0 + self._drafts_a_row)), context)
 
-    def _take_all(self, share: Share, left: int) -> None:
-        share.num_draft = share.num_commit = min(num_drafted(share.sequence), left)
-
-    def _trim(self, costs: LiveCosts, trimmed: Seq[Share], shares: Seq[Share], left: int, draft_s: float) -> None:
-        trees = [s.sequence.draft for s in trimmed if s.sequence.draft is not None]
-        survival = self.survival.survival(trees)
+    def _trim(self, costs: LiveCosts, shares: Shares, survival: Floats, num_whole: int, left: int, draft_s: float) -> None:
+        """Choose among the drafts of ``survival`` [R, n] beside ``num_whole`` tokens that are verified in any case."""
         ranking = rank(survival)
-        num_rows = sum([s.samples for s in shares])
-        shape = StepShape.of(shares)
-        fixed = sum([s.num_draft for s in shares])
-        can_look_ahead = all(_cannot_be_biased(s.sequence) for s in trimmed)
+        num_rows = shares.samples.count(True)
         # an early stop would stop in front of every stair
-        seconds = shape.seconds(costs, fixed + min(left, survival.size), can_look_ahead or self.looks_back)[fixed:]
-        seconds = seconds + costs.host_seconds(num_rows)
-        count = self._count(ranking, num_rows, seconds, can_look_ahead)
-        if trimmed and min([s.limit_s for s in shares]) < math.inf:
-            pace = _pace(trimmed, shares)
-            count = self._count_within(ranking, survival, num_rows, seconds + draft_s, pace, count, trimmed)
-        for share, length in zip(trimmed, ranking.lengths(count).tolist() if trimmed else (), strict=True):
-            share.num_draft = share.num_commit = length
-        self.budget = count + fixed
+        with_padding = shares.is_unbiased or self.looks_back
+        seconds = shares.seconds(costs, num_whole + min(left, survival.size), with_padding)[num_whole:]
+        seconds += costs.host_seconds(num_rows)
+        count = self._count(ranking, num_rows, seconds, shares.is_unbiased)
+        if shares.num_limited and shares.places:
+            count = self._count_within(ranking, survival, num_rows, seconds + draft_s, _pace(shares), count, shares.is_unbiased)
+        if shares.places:
+            self._admit(shares, ranking.lengths(count).tolist())
+        self.budget = count + num_whole
         self._drafts_a_row += ROW_RATE * (self.budget / max(num_rows, 1) - self._drafts_a_row)
         self._history.append(ranking)
-        if any(s.sequence.drafts_wanted > s.sequence.draft_depth for s in trimmed):
-            survival = pack([_branch_survival(tree, row) for tree, row in zip(trees, survival.tolist(), strict=True)])
-        self.policy.observe(survival)
+
+    def _admit(self, shares: Shares, lengths: list[int]) -> None:
+        """Give the rows with drafts so many each; requests of which none was admitted rest."""
+        sequences = shares.sequences
+        if len(lengths) == len(sequences):
+            shares.num_draft = shares.num_commit = lengths
+        else:
+            sequences = [sequences[place] for place in shares.places]
+            for place, length in zip(shares.places, lengths, strict=True):
+                shares.num_draft[place] = length
+        for sequence, length in zip(sequences, lengths, strict=True):
+            if not length or sequence.rest is not RESTED:
+                sequence.rest = sequence.rest.after(length)
+
+    def _add_shadows(self, shares: Shares, left: int) -> None:
+        """Verify all that was drafted in shadow mode, as far as ``left`` goes."""
+        shares.num_commit = shares.num_draft.copy()
+        for place in shares.shadows:
+            num_admitted = shares.num_commit[place]
+            shares.num_draft[place] = min(num_drafted(shares.sequences[place]), num_admitted + left)
+            left -= shares.num_draft[place] - num_admitted
 
     def _count(self, ranking: Ranking, num_rows: int, seconds: Floats, can_look_ahead: bool) -> int:
         """How many drafted tokens are worth verifying."""
@@ -214,10 +184,10 @@ class DraftPlanner:
         return best_count(self._history[0], num_rows, seconds)
 
     def _count_within(
-        self, ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, pace: Pace, count: int, trimmed: Seq[Share]
+        self, ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, pace: Pace, count: int, can_look_ahead: bool
     ) -> int:
         """The count that keeps latency budgets; where a text could be biased, only counts that fresh confidences do not choose."""
-        if all(_cannot_be_biased(s.sequence) for s in trimmed):
+        if can_look_ahead:
             return count_within(ranking, survival, num_rows, seconds, pace, len(seconds) - 1)
         if len(self._history) < LAG:
             return count
@@ -228,16 +198,15 @@ class DraftPlanner:
         return min(count, int(keeps[-1]) if len(keeps) else 0)
 
 
-def num_drafted(sequence: Sequence) -> int:
-    """Drafted tokens at hand that may be verified now."""
-    draft = sequence.draft
-    if draft is None or draft.base_len != len(sequence.tokens):
-        return 0
-    return min(len(draft.tokens), sequence.drafts_wanted)
+def _branches(shares: Shares, survival: Floats) -> Floats:
+    """Survival of the branches of best candidates: of trees, what chains would be, so that the two teach the policy alike."""
+    sequences = map(shares.sequences.__getitem__, shares.places)
+    if not [s for s in sequences if s.drafts_wanted > s.draft_depth]:
+        return survival
+    return pack([_branch_survival(tree, row) for tree, row in zip(shares.drafts, survival.tolist(), strict=True)])
 
 
 def _branch_survival(tree: DraftTree, survival: Seq[float]) -> list[float]:
-    """Survival of the branch of best candidates: of a tree, what a chain would be, so that the two teach the policy alike."""
     branch: list[float] = []
     tip = -1
     for node, parent in enumerate(tree.parents):
@@ -247,12 +216,7 @@ def _branch_survival(tree: DraftTree, survival: Seq[float]) -> list[float]:
     return branch
 
 
-def _pace(trimmed: Seq[Share], shares: Seq[Share]) -> Pace:
-    ranked = {id(share) for share in trimmed}
-    others = min((s.limit_s for s in shares if id(s) not in ranked), default=math.inf)
-    return Pace(np.array([s.limit_s for s in trimmed]), others)
-
-
-def _cannot_be_biased(sequence: Sequence) -> bool:
-    """Whether no schedule can change the law of the text: greedy, coupled, or drafts fixed by the history."""
-    return (sequence.draft is not None and sequence.draft.law is None) or sequence.request.sampling.is_exact
+def _pace(shares: Shares) -> Pace:
+    ranked = set(shares.places)
+    others = min((limit_s for place, limit_s in enumerate(shares.limits) if place not in ranked), default=math.inf)
+    return Pace(np.array([shares.limits[place] for place in shares.places]), others)

@@ -79,22 +79,26 @@ class DraftPolicy:
         self.pass_over()
         if not is_wanted:
             return
-        drafted = survival[survival[:, 0] > 0, : self.block_size] if survival.shape[1] else survival[:0]
+        drafted = survival[:, : self.block_size] if survival.shape[1] else survival[:0]
+        if not (is_drafted := drafted[:, :1].ravel() > 0).all():
+            drafted = drafted[is_drafted]
         if not len(drafted):
             return
         if self.is_look and len(drafted) <= LOOK_ROWS:
             drafted = np.repeat(drafted, LOOK_WEIGHT, axis=0)
-        full = np.zeros((len(drafted), self.block_size))
-        full[:, : drafted.shape[1]] = drafted
-        before = np.ones(len(full))
-        for position in range(self.block_size):
-            seen = full[:, position] > 0
-            if seen.any():
-                mean = min(float(full[seen, position].sum() / before[seen].sum()), 1.0)
-                self._conditional[position] += min(1.0, LEARN * int(seen.sum())) * (mean - self._conditional[position])
-            full[~seen, position] = before[~seen] * self._conditional[position]
-            before = full[:, position]
-        self._keep(full[-KEPT_ROWS:])
+        full = np.zeros((self.block_size, len(drafted)))
+        full[: drafted.shape[1]] = drafted.T
+        before = np.ones(len(drafted))
+        for position, here in enumerate(full):
+            seen = here > 0
+            if count := np.count_nonzero(seen):
+                gained, of = (here, before) if count == len(here) else (here[seen], before[seen])
+                mean = min(float(gained.sum() / of.sum()), 1.0)
+                self._conditional[position] += min(1.0, LEARN * count) * (mean - self._conditional[position])
+            if count < len(here):
+                here[~seen] = before[~seen] * self._conditional[position]
+            before = here
+        self._keep(full.T[-KEPT_ROWS:])
 
     def depth(self, outlook: Callable[[], Outlook]) -> int:
         """How deep to draft for the next step; 0: not at all. ``outlook`` is asked when a decision is due."""
@@ -145,17 +149,20 @@ def _accepted(survival: Floats, share: float) -> Floats:
     return accepted
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Rest:
     """How long one request sits out: twice as many rounds after each round in which none of its drafts was admitted."""
 
     _length: int = 0
     _left: int = 0
 
-    def note(self, num_admitted: int) -> None:
-        """A round that drafted for it is planned."""
-        self._length = 0 if num_admitted else min(max(1, 2 * self._length), MAX_REST)
-        self._left = self._length
+    def after(self, num_admitted: int) -> Rest:
+        """What follows a planned round that drafted for it."""
+        if num_admitted:
+            return RESTED
+        rest = Rest() if self is RESTED else self
+        rest._length = rest._left = min(max(1, 2 * self._length), MAX_REST)
+        return rest
 
     def is_due(self) -> bool:
         """Whether to draft for it now; ask once a round."""
@@ -163,3 +170,6 @@ class Rest:
             self._left -= 1
             return False
         return True
+
+
+RESTED = Rest()  # of all requests whose last drafts were admitted

@@ -55,9 +55,11 @@ class Ranking:
 def rank(survival: Floats) -> Ranking:
     """Order all nodes of survival [R, n]."""
     values = survival.T.ravel()  # position by position: a stable sort then breaks ties by place
-    order = ((1.0 - values) * LEVELS).astype(np.uint16).argsort(kind="stable")
-    best = values[order]
-    if best.size and best.min() > 0.0:
+    keys = 1.0 - values
+    keys *= LEVELS
+    order = keys.astype(np.uint16).argsort(kind="stable")
+    best = values.take(order)
+    if best.size and survival[:, -1].min() > 0.0:
         return Ranking(best, order, len(survival))
     is_node = best > 0.0
     return Ranking(best[is_node], order[is_node], len(survival))
@@ -68,10 +70,11 @@ def _theta(ranking: Ranking, num_rows: int, seconds: Floats) -> Floats:
     m = min(len(ranking.survival), len(seconds) - 1)
     expected = np.empty(m + 1)
     expected[0] = num_rows
-    np.cumsum(ranking.survival[:m], out=expected[1:])
-    expected[1:] += num_rows
-    theta: Floats = expected / seconds[: m + 1]
-    return theta
+    gained = expected[1:]
+    np.add.accumulate(ranking.survival[:m], out=gained)
+    gained += num_rows
+    expected /= seconds[: m + 1]
+    return expected
 
 
 def early_stop(ranking: Ranking, num_rows: int, seconds: Floats) -> int:
@@ -90,7 +93,7 @@ def early_stop(ranking: Ranking, num_rows: int, seconds: Floats) -> int:
 def best_count(ranking: Ranking, num_rows: int, seconds: Floats) -> int:
     """The count with the largest theta of the whole curve; 0 if it is not worth the margin. The smallest of equal ones."""
     theta = _theta(ranking, num_rows, seconds)
-    count = int(np.argmax(theta))
+    count = int(theta.argmax())
     return count if theta[count] >= theta[0] * (1 + MIN_GAIN) else 0
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from dspark.types import PlanRow, VerifyPlan
 from dspark.workers.blocks import BlockPool
-from dspark.workers.verifier.draft_planner import DraftPlanner, Share, StepShape
+from dspark.workers.verifier.draft_planner import DraftPlanner
 from dspark.workers.verifier.latency import Prefill, Stake, choose_rows, chunk_tokens, line_key, stake
 from dspark.workers.verifier.sequence import Sequence
+from dspark.workers.verifier.shares import Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,24 +98,26 @@ class Scheduler:
 
         ``whole_prompts``: nobody is let in of whose prompt something would be left for a later step.
         """
-        shares: dict[str, Share] = {}
+        shares = Shares()
         left = self.limits.max_batch_tokens
         preempted = self.counters.preemptions
-        left -= self._share_out([s for s in self.chosen if s.num_pending == 1], shares, left)
+        left -= self._share_out([s for s in self.chosen if s.num_pending == 1], shares, left, preempted)
         behind = [s for s in self.chosen if s.num_pending > 1]
         chunk = self._chunk_tokens(behind, shares, left, now_s)
-        chunk -= self._share_out(behind, shares, chunk)
+        chunk -= self._share_out(behind, shares, chunk, preempted)
         if preempted == self.counters.preemptions:
             self._admit(shares, chunk, whole_prompts)
-        rows = list(shares.values())
-        self.drafts.plan(rows, self._room_for_drafts(sum(s.num_known for s in rows)), draft_s)
-        for share in rows:
-            base = share.sequence.num_computed + share.num_known
-            while share.num_draft and not self.pool.grow(share.sequence.id, base + share.num_draft):
-                share.num_draft -= 1  # drafts never take blocks from anybody
-            share.num_commit = min(share.num_commit, share.num_draft)
-        planned = tuple(PlanRow(s.sequence.id, s.sequence.num_computed, s.num_known, s.num_draft, s.samples, s.num_commit) for s in rows)
-        return VerifyPlan(planned, self.padded(sum(row.num_tokens for row in planned)))
+        self.drafts.plan(shares, self._room_for_drafts(shares.num_tokens), draft_s)
+        rows: list[PlanRow] = []
+        num_tokens = shares.num_tokens
+        columns = (shares.sequences, shares.num_known, shares.samples, shares.num_draft, shares.num_commit)
+        for sequence, num_known, samples, num_draft, num_commit in zip(*columns, strict=True):
+            name, start = sequence.request.id, sequence.num_computed
+            while num_draft and not self.pool.grow(name, start + num_known + num_draft):
+                num_draft -= 1  # drafts never take blocks from anybody
+            rows.append(PlanRow(name, start, num_known, num_draft, samples, min(num_commit, num_draft)))
+            num_tokens += num_draft
+        return VerifyPlan(tuple(rows), self.padded(num_tokens))
 
     def _room_for_drafts(self, num_known: int) -> int:
         """Drafted tokens that fit beside so many known ones; drafts alone never take a step out of the sizes with graphs."""
@@ -149,33 +152,36 @@ class Scheduler:
             return request.priority, -math.inf
         return line_key(request.priority, sequence.arrived_s, request.latency_budget.ttft_ms, now_s, token_s * sequence.num_pending)
 
-    def _share_out(self, sequences: list[Sequence], shares: dict[str, Share], left: int) -> int:
-        """Give running requests their pending tokens, in order, while ``left`` lasts; returns how many were given."""
+    def _share_out(self, sequences: list[Sequence], shares: Shares, left: int, preempted: int) -> int:
+        """Give requests their pending tokens, in order, while ``left`` lasts; returns how many were given.
+
+        They were running when ``preempted`` preemptions had been counted.
+        """
         given = 0
         for sequence in sequences:
             take = min(sequence.num_pending, left - given)
-            if take and sequence in self.running and self._reserve(sequence, sequence.num_computed + take, shares):
-                shares[sequence.id] = Share(sequence, take, limit_s=sequence.limit_s)
+            is_running = self.counters.preemptions == preempted or sequence in self.running
+            if take and is_running and self._reserve(sequence, sequence.num_computed + take, shares):
+                shares.add(sequence, take, sequence.limit_s)
                 given += take
         return given
 
-    def _chunk_tokens(self, behind: list[Sequence], shares: dict[str, Share], left: int, now_s: float) -> int:
+    def _chunk_tokens(self, behind: list[Sequence], shares: Shares, left: int, now_s: float) -> int:
         """How many prompt tokens this step takes in, at most ``left``."""
         costs = self.drafts.costs
-        limit_s = min((s.limit_s * s.sequence.tokens_per_round for s in shares.values()), default=math.inf)
-        if costs is None or math.isinf(limit_s):
+        if costs is None or not shares.num_limited:
             return left
-        shape = StepShape.of(list(shares.values()))
-        decode_s = costs.table.step_seconds(shape.decode_tokens, shape.context)
+        limit_s = min([limit * s.tokens_per_round for s, limit in zip(shares.sequences, shares.limits, strict=True)])
+        decode_s = costs.table.step_seconds(shares.decode_tokens, shares.context)
         prefills = [Prefill(s.num_pending, _ttft_left_s(s, now_s)) for s in (*behind, *self.waiting)]
         return chunk_tokens(prefills, decode_s, limit_s, costs.table.prefill_s, left)
 
-    def _reserve(self, sequence: Sequence, num_tokens: int, shares: dict[str, Share]) -> bool:
+    def _reserve(self, sequence: Sequence, num_tokens: int, shares: Shares) -> bool:
         """Room for ``num_tokens`` positions, taking blocks from the last in line; False if it was itself the last."""
         while not self.pool.grow(sequence.id, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
-            shares.pop(victim.id, None)
+            shares.drop(victim)
             if victim is sequence:
                 return False
         return True
@@ -188,7 +194,7 @@ class Scheduler:
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=self._key)
 
-    def _admit(self, shares: dict[str, Share], left: int, whole_prompts: bool) -> None:
+    def _admit(self, shares: Shares, left: int, whole_prompts: bool) -> None:
         """Let waiting requests in while tokens, places and blocks last."""
         while self.waiting and left and len(self.running) < self.limits.max_num_seqs:
             sequence = self.waiting[0]
@@ -197,7 +203,7 @@ class Scheduler:
             self.waiting.pop(0)
             insort(self.running, sequence, key=self._key)
             take = min(sequence.num_pending, left)
-            shares[sequence.id] = Share(sequence, take)
+            shares.add(sequence, take, math.inf)
             left -= take
 
     def _open(self, sequence: Sequence) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
 from dspark.workers.blocks import extend_hashes
-from dspark.workers.verifier.draft_policy import Rest
+from dspark.workers.verifier.draft_policy import RESTED, Rest
 from dspark.workers.verifier.laws import has_penalties
 from dspark.workers.verifier.text import TextStream
 
@@ -37,7 +37,7 @@ class Sequence:
     draft: DraftTree | None = None
     text: TextStream | None = None  # only for requests with stop strings
     num_taught: int = 0  # known tokens that the drafter has been told
-    rest: Rest = field(default_factory=Rest)  # from drafting, when its drafts are never admitted
+    rest: Rest = RESTED  # from drafting, when its drafts are never admitted
     arrived_s: float = 0.0  # on the engine's clock
     first_s: float | None = None  # when its first token was committed here
     num_after_first: int = 0  # tokens committed since

@@ -23,7 +23,18 @@ import numpy as np
 from dspark.types import DraftSignals, DraftTree, chain_parents
 from dspark.workers.verifier.acceptance_models import AcceptanceModel, OnlineLogistic, RunningRate
 from dspark.workers.verifier.counters import MAX_POSITIONS
-from dspark.workers.verifier.draft_nodes import Bools, Floats, Ints, Nodes, along_branches, chain_nodes, gather, outcomes_of, shape_of
+from dspark.workers.verifier.draft_nodes import (
+    Bools,
+    Floats,
+    Ints,
+    Nodes,
+    along_branches,
+    chain_nodes,
+    gather,
+    gather_rows,
+    outcomes_of,
+    shape_of,
+)
 from dspark.workers.verifier.reliability import Reliability
 
 ROUNDS_A_REFIT = 64
@@ -85,7 +96,8 @@ class SurvivalEstimator:
         """Survival [R, n] of the nodes of R trees of at most n nodes, in (0, 1] and never rising along a row; 0 where there is no node."""
         if not trees:
             return np.zeros((0, 0))
-        return self._survival(gather(trees, SIGNALS[self.name], self._num_slots), len(trees))
+        names, num_slots = SIGNALS[self.name], self._num_slots
+        return self._survival(gather_rows(trees, names, num_slots) or gather(trees, names, num_slots), len(trees))
 
     def survival_of_chains(self, confidence: Floats, margin: Floats) -> Floats:
         """``survival`` of chains [R, n], all as long."""
@@ -124,7 +136,7 @@ class SurvivalEstimator:
     def _survival(self, nodes: Nodes, num_trees: int) -> Floats:
         conditional = self._model.probability(nodes.signals, nodes.slots)
         if conditional.ndim == 1:
-            conditional = np.broadcast_to(conditional, (num_trees, len(conditional)))
+            conditional = conditional.repeat(num_trees).reshape(-1, num_trees).T
         found = along_branches(conditional, nodes.parents)
         return found if nodes.is_node is None else np.where(nodes.is_node, found, 0.0)
 

@@ -260,6 +260,22 @@ def test_prompts_of_new_requests_are_computed_apart(target: Target, mode: str) -
     assert engine.ahead.launched > 10
 
 
+def test_looks_are_no_deeper_than_a_request_allows(target: Target) -> None:
+    """Speculation pauses; what looks at acceptance now and then, flying from plain steps to drafted ones and back, keeps the limit."""
+    _, engine = engines(target, costs=DEAR, speculation="adaptive:2", clock=lambda: 0.0)
+    plans: list[VerifyPlan] = []
+    engine.on_step = lambda plan, times: plans.append(plan)
+    results = run(engine, requests(temperature=0.0, max_tokens=100))
+    engine.aside.close()
+    assert {n: r.tokens for n, r in results.items()} == {
+        n: r.tokens for n, r in run(make_engine(target, speculation="off"), requests(temperature=0.0, max_tokens=100)).items()
+    }
+    drafted = [outcome.drafted for result in results.values() for outcome in result.outcomes]
+    assert max(drafted) == 2
+    assert drafted.count(0) > len(drafted) // 2
+    assert len(plans) < engine.ahead.launched // 4, "no step is planned to look, or to go back"
+
+
 def test_requests_with_other_depths_are_verified_to_theirs(target: Target) -> None:
     first, *others = requests(temperature=0.0, max_tokens=40)
     mixed = [dataclasses.replace(first, speculation=Speculation(Mode.STATIC, 2)), *others]

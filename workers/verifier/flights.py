@@ -4,8 +4,9 @@ A plain step takes its tokens from the step before it. A drafted one verifies ch
 that step, on the device. In both the host commits step t while the device computes step t + 1, and whatever is alike for all requests is
 done once a step, on arrays: at hundreds of streams that, and not the device, decides how fast a round is.
 
-Requests that are let in need a step that is planned. If they go on as those that run do, that step computes their prompts alone, and
-all of them fly on from the tokens that the host then knows: planning a step for hundreds of requests takes longer than computing it.
+From plain steps to drafted ones and back it goes without a planned step in between, so that a look at what drafts would bring costs
+little. Requests that are let in need a planned step. If they go on as those that run do, that step computes their prompts alone, and all
+of them fly on from the tokens that the host then knows: planning a step for hundreds of requests takes longer than computing it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from dspark.types import Continuations, ContinuesSteps, DraftedChains, DraftsAhead, Mode, StepOutcome, VerifyPlan
+from dspark.types import Continuations, ContinuesSteps, DraftedChains, DraftsAhead, Mode, Speculation, StepOutcome, VerifyPlan
 from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints, is_simple
 from dspark.workers.verifier.runner import StepResult
 from dspark.workers.verifier.sequence import Sequence
@@ -71,13 +72,16 @@ class Flights:
 
     def resume(self) -> None:
         """Launch a step of all that run from what the host knows, if they go on alike; nothing may be under way."""
-        engine = self._engine
-        sequences = list(engine.scheduler.running)
         if not self.can_resume():
             return
+        sequences, block_size = self._engine.scheduler.running, self._engine.drafter.block_size
+        self._fly(self._depth_of(sequences) if any(sequence.max_draft(block_size) for sequence in sequences) else 0)
+
+    def _fly(self, depth: int) -> None:
+        """``resume`` of requests that go on alike with drafts of this depth; 0: plainly."""
+        engine = self._engine
+        sequences = list(engine.scheduler.running)
         engine.landed_s = 0.0  # what the next step takes from here is no measure of such steps
-        drafts = any(sequence.max_draft(engine.drafter.block_size) for sequence in sequences)
-        depth = self._depth_of(sequences) if drafts else 0
         if not depth:
             self._plain = engine.ahead.again(sequences)
             return
@@ -158,6 +162,7 @@ class Flights:
         depth = self._next_depth()
         self._plain = None if depth else engine.ahead.after(flight, engine.sequences)
         self.is_for_new = not depth and self._plain is None and self._can_be_apart()
+        turns = depth > 0 and self._go_on_alike(engine.scheduler.running)
         tokens = flight.best.read()
         engine.target.check()
         now_s = engine.clock()
@@ -179,10 +184,13 @@ class Flights:
             if outcome.finish is not None:
                 ended.append(sequence)
         self._untold += 1
-        if (self._plain is None and not self.is_for_new) or (self._untold >= TOLD_EVERY and isinstance(engine.drafter, DraftsAhead)):
+        is_told = self._plain is None and not self.is_for_new and not turns
+        if is_told or (self._untold >= TOLD_EVERY and isinstance(engine.drafter, DraftsAhead)):
             self._untold = 0
             engine.propose_to([sequence for sequence, _ in landed], ended, depth)
         engine.forget(ended)
+        if turns and engine.scheduler.running:
+            self._fly(min(depth, self._longest(engine.scheduler.running[0].speculation)))
         return outcomes
 
     def _commit_one(self, sequence: Sequence, token: int) -> StepOutcome | None:
@@ -202,6 +210,7 @@ class Flights:
         sequences = [flight.sequences[i] for i in alive]  # the others ended, or were aborted, while this step was under way
         bases = np.fromiter((len(sequence.tokens) for sequence in sequences), np.int64, len(alive))
         depth = self._depth_of(sequences)
+        turns = not depth and bool(sequences) and self._go_on_alike(sequences)
         self._drafted = None
         if depth:
             drafted, first_rows = np.full(len(alive), num_drafts), np.array(alive) * (num_drafts + 1)
@@ -220,9 +229,11 @@ class Flights:
         self._note(chains, accepted, num_drafts, outcomes, now_s)
         lengths = [outcome.base_len for outcome in outcomes]
         drafter.follow([outcome.request_id for outcome in outcomes], lengths, [sequence.tokens[-1] for sequence in sequences])
-        if self._drafted is None and not self.is_for_new:
+        if self._drafted is None and not self.is_for_new and not turns:
             engine.propose_to(sequences, ended, depth)
         engine.forget(ended)
+        if turns and engine.scheduler.running:
+            self._fly(0)
         return outcomes
 
     def _can_be_apart(self) -> bool:
@@ -245,9 +256,13 @@ class Flights:
         """How deep requests that are alike draft for the next step; 0: not at all."""
         if not sequences:
             return 0
-        speculation, most = sequences[0].speculation, self._engine.drafter.block_size
-        most = most if speculation.draft_len is None else min(most, speculation.draft_len)
-        return most if speculation.mode is Mode.STATIC else min(most, self._engine.drafts.depth(sequences))
+        most = self._longest(sequences[0].speculation)
+        return most if sequences[0].speculation.mode is Mode.STATIC else min(most, self._engine.drafts.depth(sequences))
+
+    def _longest(self, speculation: Speculation) -> int:
+        """How deep it lets a request draft."""
+        most = self._engine.drafter.block_size
+        return most if speculation.draft_len is None else min(most, speculation.draft_len)
 
     def _commit_chains(
         self, sequences: list[Sequence], own: Ints, accepted: Ints, num_drafts: int, now_s: float

@@ -98,8 +98,28 @@ def test_largest_first_and_every_size_is_captured() -> None:
 
     options = dataclasses.replace(GRAPHS, capture=capture)
     engine = make_engine(tiny_target(), graphs=options)
-    assert captured == sorted(graph_sizes(24), reverse=True)
+    assert captured == sorted(captured, reverse=True)
+    assert set(captured) == set(graph_sizes(24))
     assert engine.scheduler.padded(9) == 16
+
+
+def test_steps_of_few_long_rows_have_graphs_of_their_own() -> None:
+    """Chains of six drafts come with few rows, prompts with one, and everybody's last tokens with as many rows as tokens."""
+    truth = {name: prompt + [1] * 40 for name, prompt in PROMPTS.items()}
+    options = dataclasses.replace(GRAPHS, longest=7)
+    engine = make_engine(tiny_target(), OracleDrafter(truth, 6, "random", vocab_size=160), speculation="static:6", graphs=options)
+    forward = engine.runner._model
+    assert isinstance(forward, GraphForward)
+    assert forward.buffers.row_choices(16, 7) == (5, 17)
+    assert forward.buffers.row_choices(1, 7) == (2,)
+    assert forward.buffers.row_choices(16, 1) == (17,)
+    used: set[tuple[int, int]] = set()
+    for key, replay in forward._replays.items():
+        forward._replays[key] = lambda key=key, replay=replay: (used.add(key), replay())[1]  # type: ignore[misc]
+    found = texts(engine, requests())
+    assert found == texts(make_engine(tiny_target(), speculation="off"), requests())
+    assert any(rows < tokens for tokens, rows in used)
+    assert any(rows > tokens for tokens, rows in used)
 
 
 def test_a_step_may_take_its_ids_from_the_one_before() -> None:
@@ -111,8 +131,8 @@ def test_a_step_may_take_its_ids_from_the_one_before() -> None:
     buffers = forward.buffers
     with torch.inference_mode():
         buffers.own[:4] = torch.tensor([7, 8, 9, 10])
-        views = buffers.views(4, 16, 1, False)
-        buffers.fill(4, step_from([2, 0, 1]))
+        views = buffers.views(4, 5, 16, 1, False)
+        buffers.fill(4, 5, step_from([2, 0, 1]))
         assert buffers.gather_ids(views).tolist() == [9, 7, 8, 0]
         assert views.slots.tolist() == [5, 6, 7, -1]
         assert views.batch.starts.tolist() == [0, 1, 2, 3, 3, 4]

@@ -1,4 +1,4 @@
-"""The target's forward as CUDA graphs, one for each size that steps are padded to.
+"""The target's forward as CUDA graphs, one or two for each size that steps are padded to: for few rows of several tokens, and for any.
 
 A graph replays the launches of one forward without Python: on fixed tensors (``step_buffers.py``), from token ids to logits, best
 tokens, taps and the drafter's context. Steps larger than the largest graph run the same kernels one by one.
@@ -81,7 +81,7 @@ class GraphForward(Forward):
         self.sizes = sizes
         self.buffers = StepBuffers(target.device, sizes.tokens[-1], sizes.max_rows, sizes.max_blocks)
         self._capture = capture
-        self._replays: dict[int, Run] = {}
+        self._replays: dict[tuple[int, int], Run] = {}  # by tokens and rows, padding included
         self._outputs: dict[str, Tensor] = {}  # shared by all graphs: each would keep its own otherwise
         is_cuda = target.device.type == "cuda"
         self._hosts = [torch.zeros(sizes.tokens[-1], dtype=torch.int64, pin_memory=is_cuda) for _ in range(3)]
@@ -98,7 +98,8 @@ class GraphForward(Forward):
                     shown_s = time.perf_counter()
                     progress(f"capturing graphs: {done} of {len(sizes)} sizes")
                 try:
-                    self._replays[size] = self._captured(size)
+                    for num_rows in self._row_choices(size):
+                        self._replays[size, num_rows] = self._captured(size, num_rows)
                 except torch.OutOfMemoryError as error:
                     raise ConfigError(
                         f"{self.target.device} has too little memory left for the graph of {size} tokens: lower kv_tokens or graph_tokens"
@@ -108,7 +109,7 @@ class GraphForward(Forward):
     @torch.inference_mode()
     def run(self, inputs: StepInput) -> StepOutput:
         size = len(inputs.ids) + inputs.padding
-        if size not in self._replays:
+        if size not in self.sizes.tokens:
             return super().run(inputs)
         step = HostStep.of(inputs.ids, inputs.positions, inputs.slots, inputs.wanted, inputs.rows)
         output = self.replay(size, step)
@@ -130,15 +131,17 @@ class GraphForward(Forward):
     @torch.inference_mode()
     def replay(self, size: int, step: HostStep) -> StepOutput:
         """Run a step of ``size`` tokens; nothing waits for the device."""
-        self.buffers.fill(size, step)
-        return self._replays[size]()
+        num_rows = self._num_rows(size, step)
+        self.buffers.fill(size, num_rows, step)
+        return self._replays[size, num_rows]()
 
     @torch.inference_mode()
     def replay_drafts(self, size: int, step: HostStep, drafts: DeviceDrafts, row_tokens: int) -> None:
         """``replay`` of rows of ``row_tokens`` tokens each, whose ids, positions and slots are on the device already."""
-        self.buffers.fill(size, step)
-        self.buffers.overwrite(size, drafts, len(step.lengths), row_tokens)
-        self._replays[size]()
+        num_rows = self._num_rows(size, step)
+        self.buffers.fill(size, num_rows, step)
+        self.buffers.overwrite(size, num_rows, drafts, len(step.lengths), row_tokens)
+        self._replays[size, num_rows]()
 
     @torch.inference_mode()
     def own_tokens(self, count: int) -> OwnTokens:
@@ -146,10 +149,17 @@ class GraphForward(Forward):
         self._turn = (self._turn + 1) % len(self._hosts)
         return OwnTokens(self.buffers.own[:count], self._hosts[self._turn])
 
-    def _captured(self, size: int) -> Run:
+    def _row_choices(self, size: int) -> tuple[int, ...]:
+        return self.buffers.row_choices(size, self.sizes.longest)
+
+    def _num_rows(self, size: int, step: HostStep) -> int:
+        """Rows of the smallest layout that holds the step's and the padding's."""
+        return next(num_rows for num_rows in self._row_choices(size) if num_rows > len(step.lengths))
+
+    def _captured(self, size: int, num_rows: int) -> Run:
         sizes, buffers = self.sizes, self.buffers
-        views = buffers.views(size, self.block_size, min(size, sizes.longest), sizes.with_trees)
-        buffers.fill(size, NOTHING)
+        views = buffers.views(size, num_rows, self.block_size, min(size, sizes.longest), sizes.with_trees)
+        buffers.fill(size, num_rows, NOTHING)
 
         def run() -> StepOutput:
             step = RaggedStep(self.store, views.batch, views.slots)

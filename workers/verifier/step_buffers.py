@@ -9,7 +9,8 @@
     tables        [N] int32   the blocks of all rows, as many as there are
 
 A step of T tokens lies in the first words of the buffer in an order that T and R alone decide, so that graphs of all sizes share it and
-a copy takes what a step has. ``own`` lies before it: the best token of every wanted row, which a step leaves for the next one.
+a copy takes what a step has. Attention launches programs for all R rows, so layouts of steps that verify drafts have few rows.
+``own`` lies before it: the best token of every wanted row, which a step leaves for the next one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dspark.kernels.paged_attention import AttentionRow
 from dspark.kernels.ragged_attention import RaggedBatch, row_ancestors
 from dspark.types import DeviceDrafts
 
+ROW_TOKENS = 4  # that a row has on average at least where a layout has room for few rows
 HOST_COPIES = 3  # host buffers in turn: one is filled while the copy of the one before may still run
 INT64_FIELDS = ("ids", "source", "positions", "wanted", "ancestors")
 
@@ -84,7 +86,7 @@ class StepBuffers:
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
         self._words: list[NDArray[np.int32]] = [pinned.numpy() for pinned in self._pinned]
         self._turn = 0
-        self._rows: dict[int, StepRows] = {}  # the fields that drafts go to, by the size of a step
+        self._rows: dict[tuple[int, int], StepRows] = {}  # the fields that drafts go to, by the layout of a step
         self._own_tokens = self._device[: 2 * max_tokens].view(torch.int64)
         self.matched = torch.zeros(max_tokens, dtype=torch.bool, device=device)  # whether the token behind a wanted one is its best
 
@@ -93,13 +95,15 @@ class StepBuffers:
         """[max_tokens] int64: the best token of every wanted row of the last step."""
         return self._own_tokens
 
-    def rows_for(self, num_tokens: int) -> int:
-        """Rows of the layout of a step: one a token at most, and the padding's."""
-        return min(num_tokens + 1, self.max_rows)
+    def row_choices(self, num_tokens: int, longest: int) -> tuple[int, ...]:
+        """Rows of the layouts of a step, the padding's included, rising: few where rows may have ``longest`` tokens, then one a token."""
+        most = min(num_tokens + 1, self.max_rows)
+        few = max(num_tokens // ROW_TOKENS, 1) + 1
+        return (few, most) if longest >= ROW_TOKENS and few < most else (most,)
 
-    def views(self, num_tokens: int, block_size: int, longest: int, with_trees: bool) -> StepViews:
-        """The device's fields of steps of this size. ``longest``: tokens that a row usually has at most."""
-        plan = layout(num_tokens, self.rows_for(num_tokens))
+    def views(self, num_tokens: int, num_rows: int, block_size: int, longest: int, with_trees: bool) -> StepViews:
+        """The device's fields of steps of this layout. ``longest``: tokens that a row usually has at most."""
+        plan = layout(num_tokens, num_rows)
         whole = self._device[self._own_words :]
         fields = {name: whole[slice(*span)] for name, span in plan.spans.items()}
         fields |= {name: fields[name].view(torch.int64) for name in INT64_FIELDS}
@@ -121,9 +125,9 @@ class StepBuffers:
         known = self._device[: self._own_words + 2 * views.ids.shape[0]].view(torch.int64)
         return known.index_select(0, views.source)
 
-    def fill(self, num_tokens: int, step: HostStep) -> None:
-        """Send a step of ``num_tokens`` tokens, padding included, to the device; nothing waits for it."""
-        plan = layout(num_tokens, self.rows_for(num_tokens))
+    def fill(self, num_tokens: int, num_rows: int, step: HostStep) -> None:
+        """Send a step to the device, laid out with so many tokens and rows, padding included; nothing waits for it."""
+        plan = layout(num_tokens, num_rows)
         self._turn = (self._turn + 1) % HOST_COPIES
         words = self._words[self._turn]
         real, rows = len(step.positions), len(step.lengths)
@@ -161,14 +165,15 @@ class StepBuffers:
         words[plan.tables : end] = np.frombuffer(b"".join(step.tables), dtype=np.int32)  # type: ignore[arg-type]
         self._device[self._own_words : self._own_words + end].copy_(self._pinned[self._turn][:end], non_blocking=True)
 
-    def overwrite(self, num_tokens: int, drafts: DeviceDrafts, num_rows: int, row_tokens: int) -> None:
-        """Put anchors and drafts into a step that was filled: ``num_rows`` rows of ``row_tokens`` tokens each, behind one another."""
-        if num_tokens not in self._rows:
-            plan = layout(num_tokens, self.rows_for(num_tokens))
+    def overwrite(self, num_tokens: int, num_rows: int, drafts: DeviceDrafts, num_drafting: int, row_tokens: int) -> None:
+        """Put anchors and drafts into a step that was filled: ``num_drafting`` rows of ``row_tokens`` tokens each, behind one another."""
+        key = num_tokens, num_rows
+        if key not in self._rows:
+            plan = layout(num_tokens, num_rows)
             fields = {name: self._device[self._own_words :][slice(*span)] for name, span in plan.spans.items()}
             ids, positions = (fields[name].view(torch.int64) for name in ("ids", "positions"))
-            self._rows[num_tokens] = StepRows(ids, positions, fields["slots"], fields["contexts"])
-        place_drafts(self._rows[num_tokens], (drafts.anchors, drafts.tokens, drafts.places, drafts.slots), num_rows, row_tokens)
+            self._rows[key] = StepRows(ids, positions, fields["slots"], fields["contexts"])
+        place_drafts(self._rows[key], (drafts.anchors, drafts.tokens, drafts.places, drafts.slots), num_drafting, row_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ set -euo pipefail
 results=${RESULTS:-results} repeats=${REPEATS:-3} body=${BODY:-} body_drafter=${BODY_DRAFTER:-}
 model=${MODEL:-$(python3 -m dspark.deploy.default_model)}
 drafter=${DRAFTER:-deploy/default_drafter} kv=${KV_TOKENS:-130000}
-prompts=(--max-tokens "${TOKENS:-256}" --repeats "$repeats" --ignore-eos ${PROMPTS:+--prompts "$PROMPTS"} --sets "${SETS:-code,math,chat}")
-small=(--concurrency "${LEVELS:-1,16,64,256}" --requests "${REQUESTS:-4,16,64,256}")
-large=(--concurrency "${LEVELS:-1,4,16,64,128,256}" --requests "${REQUESTS:-2,4,16,64,128,256}")
-few=(--concurrency "${LEVELS:-1,64,256}" --requests "${REQUESTS:-2,64,256}")
+prompts=(--max-tokens "${TOKENS:-256}" --repeats "$repeats" ${PROMPTS:+--prompts "$PROMPTS"} --sets "${SETS:-code,math,chat}")
+small=(--concurrency "${LEVELS:-1,16,64,256}" --requests "${REQUESTS:-48,192,640,1536}")
+large=(--concurrency "${LEVELS:-1,4,16,64,128,256}" --requests "${REQUESTS:-4,16,64,256,512,768}")
+few=(--concurrency "${LEVELS:-1,64,256}" --requests "${REQUESTS:-4,256,768}")
 mkdir -p "$results"
 bench() { python3 -m dspark bench "$@"; }
 need_body() { [[ -n $body && -n $body_drafter ]] || { echo "BODY and BODY_DRAFTER name what dspark bench inflate wrote" >&2; exit 2; }; }

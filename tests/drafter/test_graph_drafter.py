@@ -260,9 +260,10 @@ def test_prompts_of_new_requests_are_computed_apart(target: Target, mode: str) -
     assert engine.ahead.launched > 10
 
 
-def test_looks_are_no_deeper_than_a_request_allows(target: Target) -> None:
+@pytest.mark.parametrize("seats", [3, 8])
+def test_looks_are_no_deeper_than_a_request_allows(target: Target, seats: int) -> None:
     """Speculation pauses; what looks at acceptance now and then, flying from plain steps to drafted ones and back, keeps the limit."""
-    _, engine = engines(target, costs=DEAR, speculation="adaptive:2", clock=lambda: 0.0)
+    _, engine = engines(target, costs=DEAR, speculation="adaptive:2", clock=lambda: 0.0, max_num_seqs=seats)
     plans: list[VerifyPlan] = []
     engine.on_step = lambda plan, times: plans.append(plan)
     results = run(engine, requests(temperature=0.0, max_tokens=100))

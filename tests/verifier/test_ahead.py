@@ -16,7 +16,9 @@ from dspark.types import Finish, Request, VerifyPlan
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.costs import CostTable, Curve, LiveCosts
 from dspark.workers.verifier.engine import Engine
+from dspark.workers.verifier.forward import BestTokens
 from dspark.workers.verifier.runner import GraphOptions
+from dspark.workers.verifier.step_buffers import HostStep
 from dspark.workers.verifier.targets import Target
 
 GRAPHS = GraphOptions(plain_calls, max_tokens=24, max_rows=32, max_model_len=256)
@@ -93,6 +95,32 @@ def test_requests_come_and_go_under_a_step(target: Target) -> None:
     assert was_aborted
     assert engine.ahead.launched
     assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_short_prompts_join_the_steps_of_those_who_run(target: Target) -> None:
+    """A graph has room for them: nothing is planned any more, and with a prefix hit they join with what is left of their prompts."""
+    short = {f"s{i}": [3 + (5 * i + j) % 150 for j in range(4 + i)] for i in range(9)}
+    short["s7"] = [*PROMPTS["r1"], 9, 8]  # begins as r1, which has been there: its first block is found
+    long = [greedy("r1", [*PROMPTS["r1"], *range(20, 30)], 60)]
+    coming = [greedy(name, prompt, 3 + 4 * i) for i, (name, prompt) in enumerate(short.items())]
+    wanted = run(make_engine(target), [*long, *coming])
+    engine = ahead(target, max_num_seqs=4)
+    plans: list[VerifyPlan] = []
+    lengths: list[int] = []
+    engine.on_step = lambda plan, times: plans.append(plan)
+    launch = engine.runner.launch
+
+    def spy(step: HostStep) -> BestTokens:
+        lengths.extend(step.lengths)
+        return launch(step)
+
+    engine.runner.launch = spy  # type: ignore[method-assign]
+    assert same(run(engine, [*long, *coming]), wanted)
+    assert len(plans) <= 2
+    assert sum(length > 1 for length in lengths) >= 6
+    assert {name: one.tokens for name, one in run(engine, [dataclasses.replace(r, id=f"{r.id}-2") for r in coming]).items()} == {
+        f"{name}-2": one.tokens for name, one in wanted.items() if name != "r1"
+    }, "the prefix cache holds what was computed beside others"
 
 
 @pytest.mark.parametrize("mixed", [False, True])

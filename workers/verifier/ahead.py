@@ -31,12 +31,17 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Flight:
-    """A plain step under way: row i computes position ``positions[i]`` of ``sequences[i]`` into ``slots[i]``."""
+    """A plain step under way: row i computes position ``positions[i]`` of ``sequences[i]`` into ``slots[i]``.
+
+    The last ``num_new`` of them have just been let in, and ``num_prompt`` tokens of their prompts before that position are computed, too.
+    """
 
     sequences: list[Sequence]
     positions: Ints
     slots: Ints
     best: BestTokens
+    num_new: int = 0
+    num_prompt: int = 0
 
     @property
     def context(self) -> int:
@@ -78,8 +83,8 @@ class RunAhead:
         positions = np.fromiter((sequence.num_known for sequence in rows), np.int64, len(rows))
         return self._launch(rows, positions, np.asarray(result.first_row, dtype=np.int64), None)
 
-    def after(self, flight: Flight, sequences: Mapping[str, Sequence]) -> Flight | None:
-        """Launch the step after a flight whose tokens are not known yet."""
+    def after(self, flight: Flight, sequences: Mapping[str, Sequence], may_join: bool = False) -> Flight | None:
+        """Launch the step after a flight whose tokens are not known yet. ``may_join``: whoever is let in by it goes on as the others."""
         source = np.arange(len(flight.sequences))
         rows = flight.sequences
         positions, slots = flight.positions + 1, flight.slots + 1
@@ -88,7 +93,7 @@ class RunAhead:
             source = np.delete(source, gone)
             rows = [rows[i] for i in source]
             positions, slots = positions[source], slots[source]
-        return self._launch(rows, positions, source, slots)
+        return self._launch(rows, positions, source, slots, may_join=may_join)
 
     def again(self, sequences: list[Sequence]) -> Flight | None:
         """Launch a step of requests whose last tokens the host knows, whoever waits; nothing may be under way."""
@@ -135,18 +140,32 @@ class RunAhead:
         """Whether these are all that runs."""
         return len(sequences) == len(self._scheduler.running) and all(map(is_simple, sequences))
 
-    def _lets_in(self) -> bool:
+    def _lets_in(self, joins: bool = False) -> bool:
         """Whether the next step is one that lets waiting requests in."""
         scheduler = self._scheduler
         num_running = len(scheduler.running)
-        self.gate_opened = self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running)
+        self.gate_opened = self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running, joins)
         return self.gate_opened
 
-    def _launch(self, rows: list[Sequence], positions: Ints, source: Ints, slots: Ints | None, asks_gate: bool = True) -> Flight | None:
-        """Launch the rows that go on; row i takes its token from row ``source[i]`` of the step before."""
+    def _launch(
+        self,
+        rows: list[Sequence],
+        positions: Ints,
+        source: Ints,
+        slots: Ints | None,
+        asks_gate: bool = True,
+        may_join: bool = False,
+    ) -> Flight | None:
+        """Launch the rows that go on; row i takes its token from row ``source[i]`` of the step before.
+
+        ``may_join``: with the prompts of requests that are let in, where a graph has room for all of them.
+        """
         size = self._pool.block_size
-        if asks_gate and self._lets_in():
-            return None
+        coming: list[Sequence] = []
+        if asks_gate and self._lets_in(may_join):
+            coming = self._scheduler.let_in(self._runner.max_launched - len(rows)) if may_join else []
+            if not coming:
+                return None
         limits = np.fromiter((sequence.max_len for sequence in rows), np.int64, len(rows))
         if not (goes_on := positions + 1 < limits).all():  # the others end with the token that is under way
             kept = np.flatnonzero(goes_on)
@@ -167,7 +186,37 @@ class RunAhead:
         count = len(rows)
         step = HostStep((), positions, slots, np.arange(count), np.ones(count, dtype=np.int64), positions + 1, tables, source)
         self.launched += 1
-        return Flight(rows, positions, slots, self._runner.launch(step))
+        if not coming:
+            return Flight(rows, positions, slots, self._runner.launch(step))
+        joined, last = self._joined(step, coming), [*range(count)]
+        last += (np.asarray(joined.wanted)[count:]).tolist()
+        where, places = np.asarray(joined.positions)[last], np.asarray(joined.slots)[last]
+        num_prompt = len(joined.positions) - len(last)
+        return Flight([*rows, *coming], where, places, self._runner.launch(joined), len(coming), num_prompt)
+
+    def _joined(self, step: HostStep, coming: list[Sequence]) -> HostStep:
+        """A step of one token a row, and behind it the pending tokens of requests that were let in."""
+        count, size = len(step.positions), self._pool.block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        tables = [self._pool.table(sequence.id) for sequence in coming]
+        for sequence, table in zip(coming, tables, strict=True):
+            sequence.num_reserved = sequence.num_known
+            ids += sequence.tokens[sequence.num_computed :]
+            positions += range(sequence.num_computed, sequence.num_known)
+            slots += [table[p // size] * size + p % size for p in range(sequence.num_computed, sequence.num_known)]
+        lengths = np.array([sequence.num_pending for sequence in coming])
+        return HostStep(
+            ids=np.concatenate([np.zeros(count, np.int64), ids]).astype(np.int64),
+            positions=np.concatenate([step.positions, positions]).astype(np.int64),
+            slots=np.concatenate([step.slots, slots]).astype(np.int64),
+            wanted=np.concatenate([step.wanted, count + np.cumsum(lengths) - 1]),
+            lengths=np.concatenate([step.lengths, lengths]),
+            contexts=np.concatenate([step.contexts, [sequence.num_known for sequence in coming]]),
+            tables=[*step.tables, *tables],
+            source=np.concatenate([step.source, np.full(len(ids), -1)]),  # type: ignore[list-item]
+        )
 
 
 def is_simple(sequence: Sequence) -> bool:

@@ -432,9 +432,9 @@ class Engine:
             top = sequence.request.sampling.prompt_logprobs or 0
             sequence.prompt_logprobs.extend(prompt_logprobs(result.logits[first : first + count], tokens, top))
 
-    def propose_to(self, sequences: Seq[Sequence], ended: Seq[Sequence], depth: int) -> None:
+    def propose_to(self, sequences: Seq[Sequence], ended: Seq[Sequence], depth: int, may_draft: bool = True) -> None:
         """Let the drafter begin drafts of ``depth`` tokens for requests that steps launched ahead have brought forward."""
-        self._propose([Advance(sequence, (), sequence.num_computed) for sequence in sequences], ended, None, depth)
+        self._propose([Advance(sequence, (), sequence.num_computed) for sequence in sequences], ended, None, depth, may_draft)
 
     def _propose(
         self, advances: Seq[Advance], ended: Seq[Sequence], taps: Tensor | None, depth: int | None, may_draft: bool = True

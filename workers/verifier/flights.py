@@ -160,19 +160,19 @@ class Flights:
     def _land_plain(self, flight: Flight) -> list[StepOutcome]:
         engine = self._engine
         depth = self._next_depth()
-        self._plain = None if depth else engine.ahead.after(flight, engine.sequences)
+        self._plain = None if depth else engine.ahead.after(flight, engine.sequences, self._would_go_on_alike())
         self.is_for_new = not depth and self._plain is None and self._can_be_apart()
         turns = depth > 0 and self._go_on_alike(engine.scheduler.running)
         tokens = flight.best.read()
         engine.target.check()
         now_s = engine.clock()
-        if engine.landed_s:
+        if engine.landed_s and not flight.num_new:
             engine.drafts.worth.observe(len(tokens), False, len(tokens), now_s - engine.landed_s)
             if engine.drafts.costs is not None:
                 engine.drafts.costs.observe_plain(len(tokens), flight.context, now_s - engine.landed_s)
         engine.landed_s = now_s
         engine.counters.steps += 1
-        engine.counters.step_tokens += len(tokens)
+        engine.counters.step_tokens += len(tokens) + flight.num_prompt
         outcomes: list[StepOutcome] = []
         ended: list[Sequence] = []
         landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if engine.is_running(s)]
@@ -188,6 +188,9 @@ class Flights:
         if is_told or (self._untold >= TOLD_EVERY and isinstance(engine.drafter, DraftsAhead)):
             self._untold = 0
             engine.propose_to([sequence for sequence, _ in landed], ended, depth)
+        elif flight.num_new:
+            new = flight.sequences[-flight.num_new :]
+            engine.propose_to([sequence for sequence, _ in landed if sequence in new], ended, 0, may_draft=False)
         engine.forget(ended)
         if turns and engine.scheduler.running:
             self._fly(min(depth, self._longest(engine.scheduler.running[0].speculation)))
@@ -238,9 +241,13 @@ class Flights:
 
     def _can_be_apart(self) -> bool:
         """Whether those that are let in by the next step go on as those do that run."""
+        return self._engine.ahead.gate_opened and self._would_go_on_alike()
+
+    def _would_go_on_alike(self) -> bool:
+        """Whether there are requests that could be let in, and all of them go on as those do that run."""
         scheduler = self._engine.scheduler
         coming = scheduler.waiting[: scheduler.limits.max_num_seqs - len(scheduler.running)]
-        return self._engine.ahead.gate_opened and bool(coming) and self._go_on_alike([*scheduler.running, *coming])
+        return bool(coming) and self._go_on_alike([*scheduler.running, *coming])
 
     def _go_on_alike(self, sequences: list[Sequence]) -> bool:
         """Whether all of them take the target's best tokens and draft in the same way: as steps do that were launched before their turn."""

@@ -15,6 +15,7 @@ from dspark.workers.verifier.sequence import Sequence as Request
 MAX_HELD_S = 0.1
 FIRST_PAUSE_S = 0.004  # how long those who run are held up, until it was measured
 KEPT_PAUSES = 64
+JOIN_S = 0.0005  # what it costs to prepare a step for more than those who run
 
 
 class Gate:
@@ -29,8 +30,11 @@ class Gate:
         self._since_s = 0.0  # when the first of them was
         self._asked_s = 0.0
 
-    def lets_in(self, waiting: Sequence[Request], num_running: int, num_places: int) -> bool:
-        """Whether the next step is to let some of ``waiting`` in, for whom there are ``num_places`` places."""
+    def lets_in(self, waiting: Sequence[Request], num_running: int, num_places: int, joins: bool = False) -> bool:
+        """Whether the next step is to let some of ``waiting`` in, for whom there are ``num_places`` places.
+
+        ``joins``: they would be computed beside those who run, who would hardly be held up.
+        """
         if not waiting or num_places <= 0:
             self._held = 0
             return False
@@ -40,7 +44,8 @@ class Gate:
         else:
             self._idle_s += self._held * (now_s - self._asked_s)
         self._asked_s, self._held = now_s, min(len(waiting), num_places)
-        is_worth_it = self._idle_s + self._held * self._pause_s >= num_running * self._pause_s
+        pause_s = JOIN_S if joins else self._pause_s
+        is_worth_it = self._idle_s + self._held * pause_s >= num_running * pause_s
         if is_worth_it or now_s - self._since_s > MAX_HELD_S or any(map(_is_urgent, waiting[:num_places])):
             self._held = 0
             return True

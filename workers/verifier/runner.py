@@ -106,11 +106,10 @@ class Runner:
         self._graphs.give_tokens(tokens)
 
     def launch(self, step: HostStep) -> BestTokens:
-        """Launch a step of one token a row from the graphs, and wait for nothing; it may take its tokens from the step before."""
+        """Launch a step from the graphs, and wait for nothing; it may take its tokens from the step before."""
         assert self._graphs is not None
-        count = len(step.positions)
-        self._graphs.replay(self.padded(count), step)
-        return self._graphs.own_tokens(count)
+        self._graphs.replay(self.padded(len(step.positions)), step)
+        return self._graphs.own_tokens(len(step.wanted))
 
     def launch_drafts(self, drafts: DeviceDrafts, tables: list[Seq[int]], num_drafts: int) -> BestTokens:
         """Launch a step that verifies ``num_drafts`` drafts a row, all of which are on the device; and wait for nothing."""

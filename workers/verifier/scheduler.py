@@ -206,6 +206,12 @@ class Scheduler:
             shares.add(sequence, take, math.inf)
             left -= take
 
+    def let_in(self, num_tokens: int) -> list[Sequence]:
+        """Let waiting requests in whose whole prompts are at most so many tokens."""
+        shares = Shares()
+        self._admit(shares, num_tokens, whole_prompts=True)
+        return shares.sequences
+
     def _open(self, sequence: Sequence) -> bool:
         """Reserve blocks for all known tokens and one more, cached prefix shared; False, unchanged, if they don't fit."""
         pool, size = self.pool, self.pool.block_size

@@ -140,8 +140,10 @@ class StepBuffers:
             fields["source"][:] = np.arange(own, own + num_tokens)
         else:
             fields["ids"][:] = 0
-            fields["source"][:real] = step.source
-            fields["source"][real:] = own
+            if len(step.ids):
+                fields["ids"][:real] = step.ids
+            fields["source"][:real] = np.where(step.source < 0, np.arange(own, own + real), step.source)
+            fields["source"][real:] = own + num_tokens - 1
         for name, values in (("positions", step.positions), ("wanted", step.wanted)):
             fields[name][: len(values)] = values
             fields[name][len(values) :] = 0
@@ -180,7 +182,7 @@ class StepBuffers:
 class HostStep:
     """One step on the host: token by token, and row by row. ``tables`` are int32 arrays.
 
-    ``source`` are rows of ``own`` that hold the ids; None: ``ids`` has them.
+    ``source`` are rows of ``own`` that hold the ids; below 0, or None for all: ``ids`` has them.
     """
 
     ids: Sequence[int] | NDArray[np.int64]

@@ -91,11 +91,13 @@ def test_blocks_of_both_kinds(target: Target, mask: LayerMask) -> None:
 
 def test_chunks_prefix_hits_and_preemption_keep_it_fed(target: Target) -> None:
     module = random_module(target)
-    pair = engines(target, num_blocks=10, module=module, speculation="static:3", max_batch_tokens=16)
+    ticks = itertools.count()
+    pair = engines(target, num_blocks=14, module=module, speculation="static:3", max_batch_tokens=16, clock=lambda: 0.01 * next(ticks))
     spies = [Spy(engine) for engine in pair]
     for engine in pair:
-        run(engine, [greedy("other", PROMPTS["r4"], 3)])
-        run(engine, requests(temperature=0.0, max_tokens=40))
+        for name in ("other", "again"):
+            run(engine, [greedy(name, PROMPTS["r4"], 12)])
+        run(engine, requests(temperature=0.0, max_tokens=90))
         assert engine.scheduler.counters.prefix_hits
         assert engine.scheduler.counters.preemptions
     assert_same_trees(spies[0], spies[1])
@@ -241,23 +243,37 @@ def test_the_end_of_the_context_ends_running_ahead(target: Target) -> None:
 
 
 @pytest.mark.parametrize("mode", ["static:4", "adaptive"])
-def test_prompts_of_new_requests_are_computed_apart(target: Target, mode: str) -> None:
-    """Requests come while others run from graphs: their prompts get a step of their own, and all go on together, with the same tokens."""
+def test_prompts_of_new_requests_are_computed_beside_drafts_or_apart(target: Target, mode: str) -> None:
+    """Requests come while others run from graphs: their prompts join a step if there is room, or get one of their own; and all go on
+    together, with the same tokens and the same drafts as ever."""
     coming = [
         dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, max_tokens=20 + 9 * i))
         for i, r in enumerate(requests(temperature=0.0))
     ]
     wanted = {name: (one.tokens, one.finish) for name, one in run(make_engine(target, speculation="off"), coming).items()}
     ticks = itertools.count()
-    _, engine = engines(target, speculation=mode, costs=FLAT, max_num_seqs=2, clock=lambda: 0.01 * next(ticks))
+    eager, engine = engines(target, speculation=mode, costs=FLAT, max_num_seqs=2, clock=lambda: 0.01 * next(ticks))
+    spies = [Spy(eager), Spy(engine)]
+    run(eager, coming)
     plans: list[VerifyPlan] = []
     engine.on_step = lambda plan, times: plans.append(plan)
+    joined: list[str] = []
+    launch = engine.ahead.launch_drafts
+
+    def spy(sequences: list[Any], drafts: Any, num_drafts: int, new: list[Any]) -> Any:
+        joined.extend(sequence.id for sequence in new)
+        return launch(sequences, drafts, num_drafts, new)
+
+    engine.ahead.launch_drafts = spy  # type: ignore[method-assign]
     assert {name: (one.tokens, one.finish) for name, one in run(engine, coming).items()} == wanted
     engine.aside.close()
     alone = [plan for plan in plans[1:] if all(row.num_known > 1 for row in plan.rows)]
-    assert len(alone) >= 2
+    assert len(joined) >= 2
+    assert len(alone) >= 1
     assert not [plan for plan in plans if len({row.num_known > 1 for row in plan.rows}) == 2]
     assert engine.ahead.launched > 10
+    if mode == "static:4":
+        assert_same_trees(*spies)
 
 
 @pytest.mark.parametrize("seats", [3, 8])

@@ -51,11 +51,15 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class DraftedFlight:
-    """A step under way that verifies ``num_drafts`` drafts of every sequence, which the host has not seen when it launches it."""
+    """A step under way that verifies ``num_drafts`` drafts of every sequence, which the host has not seen when it launches it.
+
+    Behind them it computes the prompts of ``coming`` requests, which have just been let in.
+    """
 
     sequences: list[Sequence]
     num_drafts: int
     best: BestTokens
+    coming: list[Sequence]
 
 
 class RunAhead:
@@ -109,32 +113,45 @@ class RunAhead:
         """Letting requests in kept those who run from going on for so long."""
         self._gate.took(seconds)
 
-    def reserve_drafts(self, sequences: list[Sequence], reaches: Ints, num_drafts: int, asks_gate: bool = True) -> bool:
-        """Take blocks for the step that verifies ``num_drafts`` drafts of each, up to ``reaches`` [R]; False where more could happen.
+    def reserve_drafts(
+        self, sequences: list[Sequence], reaches: Ints, num_drafts: int, asks_gate: bool, may_join: bool
+    ) -> list[Sequence] | None:
+        """Take blocks for the step that verifies ``num_drafts`` drafts of each, up to ``reaches`` [R]; None where more could happen.
 
-        A request that will have ended before takes part for nothing. Unless ``asks_gate``, whoever waits goes on waiting.
+        A request that will have ended before takes part for nothing. Unless ``asks_gate``, whoever waits goes on waiting. Returns those who
+        are let in by that step, which takes ``may_join``: they go on as the others do.
         """
         self.gate_opened = False
-        fits = len(sequences) * (num_drafts + 1) <= self._runner.max_launched and int(reaches.max()) <= self._max_model_len
-        if not self.can_run or not fits or not self._is_alone(sequences) or (asks_gate and self._lets_in()):
-            return False
+        room = self._runner.max_launched - len(sequences) * (num_drafts + 1)
+        if not self.can_run or room < 0 or int(reaches.max()) > self._max_model_len or not self._is_alone(sequences):
+            return None
+        coming: list[Sequence] = []
+        if asks_gate and self._lets_in(may_join):
+            coming = self._scheduler.let_in(room) if may_join else []
+            if not coming:
+                return None
         tables = [self._pool.table(sequence.request.id) for sequence in sequences]
         missing = -(-reaches // self._pool.block_size) - np.fromiter(map(len, tables), np.int64, len(tables))
         growing = np.flatnonzero(missing > 0)
         if int(missing[growing].sum()) > self._pool.num_free:
-            return False
+            return None
         for i in growing.tolist():
             if not self._pool.grow(sequences[i].request.id, int(reaches[i])):
                 raise AssertionError("free blocks were counted before")
         for sequence, reach in zip(sequences, reaches.tolist(), strict=True):
             sequence.num_reserved = reach
-        return True
+        return coming
 
-    def launch_drafts(self, sequences: list[Sequence], drafts: DeviceDrafts, num_drafts: int) -> DraftedFlight:
+    def launch_drafts(self, sequences: list[Sequence], drafts: DeviceDrafts, num_drafts: int, coming: list[Sequence]) -> DraftedFlight:
         """Launch that step, with drafts on the device for each of the sequences."""
         self.launched += 1
+        count, row_tokens = len(sequences), num_drafts + 1
         tables = [self._pool.table(sequence.request.id) for sequence in sequences]
-        return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(drafts, tables, num_drafts))
+        zeros = np.zeros(count * row_tokens, dtype=np.int64)  # the device knows better
+        lengths = np.full(count, row_tokens, dtype=np.int64)
+        step = HostStep(zeros, zeros, zeros, np.arange(len(zeros)), lengths, zeros[:count], tables)
+        step = self._joined(step, coming) if coming else step
+        return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(step, drafts, count, num_drafts), coming)
 
     def _is_alone(self, sequences: list[Sequence]) -> bool:
         """Whether these are all that runs."""
@@ -195,7 +212,7 @@ class RunAhead:
         return Flight([*rows, *coming], where, places, self._runner.launch(joined), len(coming), num_prompt)
 
     def _joined(self, step: HostStep, coming: list[Sequence]) -> HostStep:
-        """A step of one token a row, and behind it the pending tokens of requests that were let in."""
+        """A step, and behind it the pending tokens of requests that were let in."""
         count, size = len(step.positions), self._pool.block_size
         ids: list[int] = []
         positions: list[int] = []
@@ -215,7 +232,7 @@ class RunAhead:
             lengths=np.concatenate([step.lengths, lengths]),
             contexts=np.concatenate([step.contexts, [sequence.num_known for sequence in coming]]),
             tables=[*step.tables, *tables],
-            source=np.concatenate([step.source, np.full(len(ids), -1)]),  # type: ignore[list-item]
+            source=None if step.source is None else np.concatenate([step.source, np.full(len(ids), -1)]),
         )
 
 

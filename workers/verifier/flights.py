@@ -150,12 +150,13 @@ class Flights:
         engine, drafter = self._engine, cast(ContinuesSteps, self._engine.drafter)
         reaches = rows.base_lens + rows.num_drafts + 1 + depth
         # reserved before the drafts are launched: they say where KV goes
-        flies = depth > 0 and engine.ahead.reserve_drafts(sequences, reaches, depth, asks_gate)
-        self.is_for_new = depth > 0 and not flies and self._can_be_apart()
-        if self.is_for_new or not (flies or asks_gate):
+        may_join = depth > 0 and asks_gate and self._would_go_on_alike()
+        coming = engine.ahead.reserve_drafts(sequences, reaches, depth, asks_gate, may_join) if depth else None
+        self.is_for_new = depth > 0 and coming is None and self._can_be_apart()
+        if self.is_for_new or (coming is None and not asks_gate):
             return None
         drafts = drafter.continue_step(rows)
-        return engine.ahead.launch_drafts(sequences, drafts, depth) if flies else None
+        return None if coming is None else engine.ahead.launch_drafts(sequences, drafts, depth, coming)
 
     def _land_plain(self, flight: Flight) -> list[StepOutcome]:
         engine = self._engine
@@ -211,29 +212,43 @@ class Flights:
         chains = drafter.continued()
         alive = [i for i, sequence in enumerate(flight.sequences) if engine.is_running(sequence)]
         sequences = [flight.sequences[i] for i in alive]  # the others ended, or were aborted, while this step was under way
-        bases = np.fromiter((len(sequence.tokens) for sequence in sequences), np.int64, len(alive))
-        depth = self._depth_of(sequences)
-        turns = not depth and bool(sequences) and self._go_on_alike(sequences)
+        joined = [i for i, sequence in enumerate(flight.coming) if engine.is_running(sequence)]
+        everybody, behind = [*sequences, *(flight.coming[i] for i in joined)], len(flight.sequences) * (num_drafts + 1)
+        bases = np.fromiter((len(sequence.tokens) for sequence in everybody), np.int64, len(everybody))
+        depth = self._depth_of(everybody)
+        turns = not depth and bool(everybody) and self._go_on_alike(everybody)
         self._drafted = None
         if depth:
-            drafted, first_rows = np.full(len(alive), num_drafts), np.array(alive) * (num_drafts + 1)
-            rows = Continuations([sequence.request.id for sequence in sequences], bases, drafted, first_rows)
-            self._drafted = self._launch(sequences, rows, depth)
-        own = flight.best.numbers().reshape(-1, num_drafts + 1)
+            drafted = np.array([num_drafts] * len(alive) + [0] * len(joined), np.int64)
+            first_rows = np.array([i * (num_drafts + 1) for i in alive] + [behind + i for i in joined], np.int64)
+            rows = Continuations([sequence.request.id for sequence in everybody], bases, drafted, first_rows)
+            self._drafted = self._launch(everybody, rows, depth)
+        found = flight.best.numbers()
+        own = found[:behind].reshape(-1, num_drafts + 1)
         engine.target.check()
         now_s = engine.clock()
         if len(alive) < len(flight.sequences):
             own, chains = own[alive], _rows_of(chains, alive)
         known = np.fromiter((sequence.tokens[-1] for sequence in sequences), np.int64, len(sequences))
-        if not (np.array_equal(chains.positions, bases - 1) and np.array_equal(chains.anchors, known)):
+        if not (np.array_equal(chains.positions, bases[: len(alive)] - 1) and np.array_equal(chains.anchors, known)):
             raise RuntimeError("a step was verified behind other tokens than those that the host knows")
         accepted = _num_accepted(own, chains, num_drafts)
+        if flight.coming:
+            engine.landed_s = 0.0  # it took longer than a round does
         outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s)
         self._note(chains, accepted, num_drafts, outcomes, now_s)
         lengths = [outcome.base_len for outcome in outcomes]
         drafter.follow([outcome.request_id for outcome in outcomes], lengths, [sequence.tokens[-1] for sequence in sequences])
+        for i in joined:
+            outcome = engine.commit_tokens(flight.coming[i], Verdict((int(found[behind + i]),), 0), 0, now_s)
+            outcomes.append(outcome)
+            engine.scheduler.commit_ahead(flight.coming[i])
+            if outcome.finish is not None:
+                ended.append(flight.coming[i])
         if self._drafted is None and not self.is_for_new and not turns:
-            engine.propose_to(sequences, ended, depth)
+            engine.propose_to(everybody, ended, depth)
+        elif joined:
+            engine.propose_to(everybody[len(alive) :], ended, 0, may_draft=False)
         engine.forget(ended)
         if turns and engine.scheduler.running:
             self._fly(0)

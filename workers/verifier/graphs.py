@@ -136,11 +136,11 @@ class GraphForward(Forward):
         return self._replays[size, num_rows]()
 
     @torch.inference_mode()
-    def replay_drafts(self, size: int, step: HostStep, drafts: DeviceDrafts, row_tokens: int) -> None:
-        """``replay`` of rows of ``row_tokens`` tokens each, whose ids, positions and slots are on the device already."""
+    def replay_drafts(self, size: int, step: HostStep, drafts: DeviceDrafts, num_drafting: int, row_tokens: int) -> None:
+        """``replay`` where ids, positions and slots of the first ``num_drafting`` rows, ``row_tokens`` tokens each, are on the device."""
         num_rows = self._num_rows(size, step)
         self.buffers.fill(size, num_rows, step)
-        self.buffers.overwrite(size, num_rows, drafts, len(step.lengths), row_tokens)
+        self.buffers.overwrite(size, num_rows, drafts, num_drafting, row_tokens)
         self._replays[size, num_rows]()
 
     @torch.inference_mode()

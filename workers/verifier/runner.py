@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -111,16 +110,11 @@ class Runner:
         self._graphs.replay(self.padded(len(step.positions)), step)
         return self._graphs.own_tokens(len(step.wanted))
 
-    def launch_drafts(self, drafts: DeviceDrafts, tables: list[Seq[int]], num_drafts: int) -> BestTokens:
-        """Launch a step that verifies ``num_drafts`` drafts a row, all of which are on the device; and wait for nothing."""
+    def launch_drafts(self, step: HostStep, drafts: DeviceDrafts, num_drafting: int, num_drafts: int) -> BestTokens:
+        """``launch`` where the first ``num_drafting`` rows verify ``num_drafts`` drafts each, all of which are on the device."""
         assert self._graphs is not None
-        rows, row_tokens = len(tables), num_drafts + 1
-        count = rows * row_tokens
-        zeros = np.zeros(count, dtype=np.int64)
-        lengths = np.full(rows, row_tokens, dtype=np.int64)
-        step = HostStep(zeros, zeros, zeros, np.arange(count), lengths, zeros[:rows], tables)
-        self._graphs.replay_drafts(self.padded(count), step, drafts, row_tokens)
-        return self._graphs.own_tokens(count)
+        self._graphs.replay_drafts(self.padded(len(step.positions)), step, drafts, num_drafting, num_drafts + 1)
+        return self._graphs.own_tokens(len(step.wanted))
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""

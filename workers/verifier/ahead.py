@@ -4,9 +4,9 @@ The tokens are on the device, where the next step takes them from (``step_buffer
 request goes one position further. So the device computes step t + 1 while the host commits step t. A request that step t ended takes
 part in step t + 1 for nothing; its token is dropped, and what it wrote lies in blocks that later steps write before they read.
 
-That holds while nothing but plain decoding happens: all running requests take the target's best token, draft nothing, and nobody
-is let in (``gate.py``). Anything else ends it: the step under way lands, and the next one is planned as ever, or, if all that happens is
-that others come in, computes their prompts alone (``flights.py``).
+That holds while nothing but plain decoding happens: all running requests take the target's best token and draft nothing, and so will
+those who are let in (``gate.py``), whose prompts are rows of such a step. Anything else ends it: the step under way lands, and the next
+one is planned as ever (``flights.py``).
 """
 
 from __future__ import annotations

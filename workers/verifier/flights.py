@@ -5,8 +5,9 @@ that step, on the device. In both the host commits step t while the device compu
 done once a step, on arrays: at hundreds of streams that, and not the device, decides how fast a round is.
 
 From plain steps to drafted ones and back it goes without a planned step in between, so that a look at what drafts would bring costs
-little. Requests that are let in need a planned step. If they go on as those that run do, that step computes their prompts alone, and all
-of them fly on from the tokens that the host then knows: planning a step for hundreds of requests takes longer than computing it.
+little. Requests that are let in and go on as those that run do are computed beside such a step if a graph has room for their prompts;
+otherwise a planned step computes these alone, and all of them fly on from the tokens that the host then knows: planning a step for
+hundreds of requests takes longer than computing it (docs/adr/010).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from dspark.bench.flags import COMPARE_DEFAULTS, GPU_PARTS, LOAD_DEFAULTS, TOPOL
 from dspark.bench.http_client import Ask
 from dspark.bench.load import Load
 from dspark.bench.metrics import Limits
-from dspark.bench.mixed import MixedPlan, run_mixed
+from dspark.bench.mixed import RELATIVE_CLASSES, MixedPlan, run_mixed
 from dspark.bench.modes import parse_mode, parse_modes
 from dspark.bench.offline import OfflinePlan, check_lossless, run_offline
 from dspark.bench.online import OnlinePlan, run_online
@@ -205,12 +206,14 @@ def _mixed(args: argparse.Namespace) -> int:
         seed=args.seed,
         timeout_s=args.timeout,
     )
+    names = [one.name for one in plan.classes] or list(RELATIVE_CLASSES)
+    known = ["--service-classes", json.dumps({name: {} for name in names})]  # the budgets come with the requests
     with _json_out(args.json) as out, ExitStack() as servers:
         urls: list[str] = []
         for settings in (["--speculation", "adaptive", "--drafter", args.drafter], ["--speculation", "off", "--drafter", "none"]):
             port = free_port()
             urls.append(f"http://127.0.0.1:{port}")
-            command = serve_command(args.model, port, [*settings, "--dtype", args.dtype, *args.server_flags])
+            command = serve_command(args.model, port, [*settings, *known, "--dtype", args.dtype, *args.server_flags])
             servers.enter_context(running(command, urls[-1], SERVER_START_S))
         return 1 if run_mixed(plan, urls[0], urls[1], out) else 0
 

@@ -155,12 +155,14 @@ def test_three_servings_take_turns(fleet: Fleet, tmp_path: Path, capsys: pytest.
     assert order == [(name, 0) for name in names] + [(name, 1) for name in (*names[1:], names[0])]
     assert [r["classes"]["interactive"]["requests"] for r in records[:3]] == [records[0]["classes"]["interactive"]["requests"]] * 3
     (adaptive_command, adaptive), (plain_command, plain) = fleet.servers
-    common = ["--dtype", "bfloat16", "--kv-tokens", "512"]
+    classes = json.dumps({"interactive": {}, "batch": {}})  # a server refuses classes that it does not know
+    common = ["--service-classes", classes, "--dtype", "bfloat16", "--kv-tokens", "512"]
     assert adaptive_command[7:] == ["--speculation", "adaptive", "--drafter", "ngram", *common]
     assert plain_command[7:] == ["--speculation", "off", "--drafter", "none", *common]
     assert not any("latency_budget" in body for body in plain.bodies)
     told = [body for body in adaptive.bodies if "latency_budget" in body]
     assert Counter(body["service_class"] for body in told).total() == 24
+    assert {body["service_class"] for body in told} == {"interactive", "batch"}
     by_salt: dict[str, list[Any]] = {}
     for body in [*adaptive.bodies, *plain.bodies]:
         by_salt.setdefault(body["cache_salt"], []).append(body["messages"][0]["content"])

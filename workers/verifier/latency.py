@@ -16,6 +16,11 @@ PATIENCE_S = 10.0  # a request without a (reachable) TTFT budget waits in line a
 MISSED = 1.5  # times its TPOT budget: beyond, and after MIN_TOKENS tokens, it will not be kept any more
 MIN_TOKENS = 8
 MIN_CHUNK = 16  # prefill tokens of a step that go ahead whatever the budgets say: the line must move
+CATCH_UP = 16  # tokens in which a request that is behind is to be back on its pace: hurrying more would cost the others more than it gains
+LEAST_PACE = 0.5  # of its budget that it is allowed meanwhile
+EFFICIENCY = (
+    0.85  # of the throughput of all rows that a step must keep if some are left out: work that is put off has to be done all the same
+)
 StepSeconds = Callable[[int, int], float]  # (tokens, context positions) -> seconds
 
 
@@ -47,7 +52,7 @@ def stake(context: int, tpot_ms: float | None, num_after_first: int, since_first
     if num_after_first >= MIN_TOKENS and since_first_s > MISSED * budget * num_after_first:
         return Stake(context, expected=expected, left_out=left_out)
     ahead = budget * num_after_first - since_first_s
-    allowed = budget + min(max(ahead, -0.9 * budget), budget)  # from a tenth of the budget to twice the budget
+    allowed = budget + min(ahead, budget) if ahead > 0 else max(budget + ahead / CATCH_UP, LEAST_PACE * budget)
     return Stake(context, allowed, expected, max(0.0, ahead + budget * expected), left_out)
 
 
@@ -55,7 +60,8 @@ def choose_rows(stakes: Sequence[Stake], seconds: StepSeconds) -> list[bool]:
     """Which requests take part in a step: all of them, unless that breaks a budget that leaving some out would keep.
 
     Requests that cannot wait for another step take part. The others, longest left out first, fill what the tightest budget of
-    those that take part leaves; one of them always does, so that everybody moves.
+    those that take part leaves; one of them always does, so that everybody moves. If that breaks a budget all the same, or the step would
+    be much less efficient, all take part: nothing would be gained, and the line would grow.
     """
     everybody = seconds(len(stakes), sum(s.context for s in stakes))
     if not stakes or everybody <= min(s.limit_s for s in stakes):
@@ -70,7 +76,9 @@ def choose_rows(stakes: Sequence[Stake], seconds: StepSeconds) -> list[bool]:
             break
         chosen[i] = True
         count, context = count + 1, context + stakes[i].context
-    return chosen
+    chosen_s = seconds(count, context)
+    is_efficient = count * everybody >= EFFICIENCY * len(stakes) * chosen_s
+    return chosen if chosen_s <= limit and is_efficient else [True] * len(stakes)
 
 
 def line_key(priority: int, arrived_s: float, ttft_ms: float | None, now_s: float, prefill_s: float) -> tuple[int, float]:
@@ -93,9 +101,10 @@ def chunk_tokens(prefills: Sequence[Prefill], decode_s: float, limit_s: float, t
 
     ``decode_s``: the step without them; ``limit_s``: longest step that keeps the budgets of those that decode; ``token_s``:
     seconds of a prompt token. If the first tokens of ``prefills`` (in their order) would come too late that way, the chunk is
-    the one with the smallest worst overshoot of both.
+    the one with the smallest worst overshoot of both. Where those that decode are late without any prompt, holding prompts back would
+    only let the line grow: they get all there is.
     """
-    if math.isinf(limit_s) or token_s <= 0:
+    if math.isinf(limit_s) or token_s <= 0 or decode_s >= limit_s:
         return most
     fits = min(max(int((limit_s - decode_s) / token_s), MIN_CHUNK), most)
     ahead, needs = 0, []

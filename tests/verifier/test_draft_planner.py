@@ -144,7 +144,10 @@ class Definition:
         limits = {i: limit_s for i, (_, _, limit_s) in enumerate(rows)}
         if not trimmed or min(limits.values()) == math.inf:
             return count
-        pace = Pace(np.array([limits[i] for i in trimmed]), min((limits[i] for i in limits if i not in trimmed), default=math.inf))
+        usual = [sequence.tokens_per_round for sequence, _, _ in rows]
+        others = min((limits[i] * usual[i] for i in limits if i not in trimmed), default=math.inf)
+        prompt_s = PREFILL_S * (sum(given for _, given, _ in rows) - decode)
+        pace = Pace(np.array([limits[i] for i in trimmed]), others, np.array([usual[i] for i in trimmed]), prompt_s)
         seconds = seconds + draft_s
         if is_unbiased:
             return count_within(rank(survival), survival, num_rows, seconds, pace, len(seconds) - 1)
@@ -152,7 +155,8 @@ class Definition:
             return count
         old = self.history[-LAG]
         expected = 1.0 + sum(value for value, _, _ in old) / max(len({i for _, _, i in old}), 1)
-        keeps = [k for k, value in enumerate(seconds) if value <= min(limits.values()) * expected]
+        tightest = min(*(limits[i] for i in trimmed), others)
+        keeps = [k for k, value in enumerate(seconds) if value - prompt_s <= tightest * expected]
         return min(count, keeps[-1] if keeps else 0)
 
 

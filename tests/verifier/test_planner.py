@@ -181,6 +181,19 @@ def test_latency_budgets_choose_among_counts() -> None:
             assert found == expected or theta[found] == pytest.approx(theta[expected])
 
 
+def test_prompts_and_one_poor_draft_decide_about_no_budget() -> None:
+    """Without the seconds of prompts, and with the tokens of usual rounds, the best count keeps a pace that it would break otherwise."""
+    survival = survival_of(((0.9, 0.8), (0.1, 0.1)))
+    ranking, seconds = rank(survival), np.array([1.0, 1.1, 1.2, 1.3, 1.4]) + 5.0
+    for pace, most in (
+        (Pace(np.array([1.0, 1.0])), 3),  # nothing keeps it: the third helps the second request most
+        (Pace(np.array([1.0, 1.0]), prompt_s=5.0), 0),  # a step without drafts keeps it, one for the first request's does not
+        (Pace(np.array([1.0, 1.0]), usual=np.array([2.0, 2.0]), prompt_s=5.0), 3),
+        (Pace(np.array([1.0, 1.0]), others=1.15, usual=np.array([2.0, 2.0]), prompt_s=5.0), 1),
+    ):
+        assert count_within(ranking, survival, 2, seconds, pace, 4) == most
+
+
 def test_curve_is_monotone_and_extrapolates() -> None:
     curve = Curve.fit([(1, 0.040), (2, 0.039), (8, 0.045), (4, 0.050)])
     assert curve.seconds == (0.039, 0.039, 0.045, 0.045)

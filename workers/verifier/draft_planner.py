@@ -145,7 +145,7 @@ class DraftPlanner:
         seconds += costs.host_seconds(num_rows)
         count = self._count(ranking, num_rows, seconds, shares.is_unbiased)
         if shares.num_limited and shares.places:
-            count = self._count_within(ranking, survival, num_rows, seconds + draft_s, _pace(shares), count, shares.is_unbiased)
+            count = self._count_within(ranking, survival, num_rows, seconds + draft_s, _pace(shares, costs), count, shares.is_unbiased)
         if shares.places:
             self._admit(shares, ranking.lengths(count).tolist())
         self.budget = count + num_whole
@@ -194,7 +194,7 @@ class DraftPlanner:
         old = self._history[0]
         expected = 1.0 + float(old.survival.sum()) / max(old.num_requests, 1)  # tokens a request and step, if all are verified
         tightest = min(float(pace.allowed.min(initial=math.inf)), pace.others)
-        keeps = np.flatnonzero(seconds <= tightest * expected)
+        keeps = np.flatnonzero(seconds - pace.prompt_s <= tightest * expected)
         return min(count, int(keeps[-1]) if len(keeps) else 0)
 
 
@@ -216,7 +216,12 @@ def _branch_survival(tree: DraftTree, survival: Seq[float]) -> list[float]:
     return branch
 
 
-def _pace(shares: Shares) -> Pace:
-    ranked = set(shares.places)
-    others = min((limit_s for place, limit_s in enumerate(shares.limits) if place not in ranked), default=math.inf)
-    return Pace(np.array([shares.limits[place] for place in shares.places]), others)
+def _pace(shares: Shares, costs: LiveCosts) -> Pace:
+    ranked, usual = set(shares.places), [sequence.tokens_per_round for sequence in shares.sequences]
+    others = min((limit_s * usual[place] for place, limit_s in enumerate(shares.limits) if place not in ranked), default=math.inf)
+    return Pace(
+        allowed=np.array([shares.limits[place] for place in shares.places]),
+        others=others,
+        usual=np.array([usual[place] for place in shares.places]),
+        prompt_s=costs.table.prefill_s * (shares.num_tokens - shares.decode_tokens),
+    )

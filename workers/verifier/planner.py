@@ -100,17 +100,24 @@ def best_count(ranking: Ranking, num_rows: int, seconds: Floats) -> int:
 @dataclass(frozen=True, slots=True)
 class Pace:
     """What running requests were promised, as seconds a token: ``allowed`` [R] of the ranked requests (inf: no budget), and the
-    tightest of the requests that verify no drafts this step."""
+    tightest of the requests that verify no drafts this step, times the tokens of their usual rounds.
+
+    ``usual`` [R] tokens of a round of the ranked ones. ``prompt_s`` of the step are for prompts: budgets are averages, and those seconds
+    pass whatever is verified beside them.
+    """
 
     allowed: Floats
     others: float = float("inf")
+    usual: Floats | float = 1.0
+    prompt_s: float = 0.0
 
 
 def count_within(ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, pace: Pace, limit: int) -> int:
     """Among counts up to ``limit`` the one with the largest theta whose predicted seconds a token keep every request's pace.
 
     If none does, the one with the smallest worst overshoot. A request's seconds a token are the step's over the tokens that it
-    is expected to get: 1 and the survival of its admitted nodes (latency budgets of ours; no counterpart in the paper).
+    is expected to get: 1 and the survival of its admitted nodes, or those of its usual rounds if that is more, because one poor draft
+    does not decide about an average (latency budgets of ours; no counterpart in the paper).
     """
     theta = _theta(ranking, num_rows, seconds)
     last = min(limit, len(theta) - 1)
@@ -119,9 +126,10 @@ def count_within(ranking: Ranking, survival: Floats, num_rows: int, seconds: Flo
     rows = np.arange(survival.shape[0])
     overshoot = np.empty(len(counts))
     for i, count in enumerate(counts):
-        expected = cumulated[rows, ranking.lengths(int(count))]
-        worst = float(np.max(seconds[count] / (expected * pace.allowed), initial=0.0))
-        overshoot[i] = max(worst, seconds[count] / pace.others)
+        expected = np.maximum(cumulated[rows, ranking.lengths(int(count))], pace.usual)
+        step_s = seconds[count] - pace.prompt_s
+        worst = float(np.max(step_s / (expected * pace.allowed), initial=0.0))
+        overshoot[i] = max(worst, step_s / pace.others)
     keeps = overshoot <= 1.0
     if keeps.any():
         return int(counts[keeps][np.argmax(theta[counts[keeps]])])

@@ -115,9 +115,9 @@ class Pace:
 def count_within(ranking: Ranking, survival: Floats, num_rows: int, seconds: Floats, pace: Pace, limit: int) -> int:
     """Among counts up to ``limit`` the one with the largest theta whose predicted seconds a token keep every request's pace.
 
-    If none does, the one with the smallest worst overshoot. A request's seconds a token are the step's over the tokens that it
-    is expected to get: 1 and the survival of its admitted nodes, or those of its usual rounds if that is more, because one poor draft
-    does not decide about an average (latency budgets of ours; no counterpart in the paper).
+    If none does, the one with the largest theta: work that is done sooner helps late requests most (docs/adr/011). A request's seconds
+    a token are the step's over the tokens that it is expected to get: 1 and the survival of its admitted nodes, or those of its usual
+    rounds if that is more, because one poor draft does not decide about an average (latency budgets of ours; no counterpart in the paper).
     """
     theta = _theta(ranking, num_rows, seconds)
     last = min(limit, len(theta) - 1)
@@ -131,9 +131,8 @@ def count_within(ranking: Ranking, survival: Floats, num_rows: int, seconds: Flo
         worst = float(np.max(step_s / (expected * pace.allowed), initial=0.0))
         overshoot[i] = max(worst, step_s / pace.others)
     keeps = overshoot <= 1.0
-    if keeps.any():
-        return int(counts[keeps][np.argmax(theta[counts[keeps]])])
-    return int(counts[np.argmin(overshoot)])
+    within = counts[keeps] if keeps.any() else counts
+    return int(within[np.argmax(theta[within])])
 
 
 def pack(survivals: Sequence[Sequence[float]]) -> Floats:

@@ -36,12 +36,12 @@ class Kind:
 def bar_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Adaptive over the best of all others at each point, over the best single static length; overlapped over plain driver."""
     ours = [record for record in offline(records) if is_ours(record)]
-    rates, kinds = rates_by_point(ours), kinds_by_label(ours)
+    rates, kinds, turns = rates_by_point(ours), kinds_by_label(ours), turns_by_point(ours)
     lines = []
     for label in sorted(label for label, kind in kinds.items() if kind.mode == "adaptive"):
         if best := _against_best(rates, kinds, label):
             lines.append(best)
-            lines += _turn_by_turn(rates, kinds, label, turns_by_point(ours))
+            lines += _turn_by_turn(rates, kinds, label, turns)
         if static := _against_static(rates, kinds, label):
             lines.append(static)
     return lines + _drivers(rates, kinds)

@@ -125,11 +125,9 @@ class RunAhead:
         room = self._runner.max_launched - len(sequences) * (num_drafts + 1)
         if not self.can_run or room < 0 or int(reaches.max()) > self._max_model_len or not self._is_alone(sequences):
             return None
-        coming: list[Sequence] = []
-        if asks_gate and self._lets_in(may_join):
-            coming = self._scheduler.let_in(room) if may_join else []
-            if not coming:
-                return None
+        coming = self._coming(room, may_join) if asks_gate else []
+        if coming is None:
+            return None
         tables = [self._pool.table(sequence.request.id) for sequence in sequences]
         missing = -(-reaches // self._pool.block_size) - np.fromiter(map(len, tables), np.int64, len(tables))
         growing = np.flatnonzero(missing > 0)
@@ -157,12 +155,14 @@ class RunAhead:
         """Whether these are all that runs."""
         return len(sequences) == len(self._scheduler.running) and all(map(is_simple, sequences))
 
-    def _lets_in(self, joins: bool = False) -> bool:
-        """Whether the next step is one that lets waiting requests in."""
+    def _coming(self, room: int, may_join: bool) -> list[Sequence] | None:
+        """Who is let in by the step to be launched, with prompts of ``room`` tokens at most; None: the gate opens and nobody can join."""
         scheduler = self._scheduler
         num_running = len(scheduler.running)
-        self.gate_opened = self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running, joins)
-        return self.gate_opened
+        self.gate_opened = self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running, may_join)
+        if not self.gate_opened:
+            return []
+        return (scheduler.let_in(room) or None) if may_join else None
 
     def _launch(
         self,
@@ -178,11 +178,9 @@ class RunAhead:
         ``may_join``: with the prompts of requests that are let in, where a graph has room for all of them.
         """
         size = self._pool.block_size
-        coming: list[Sequence] = []
-        if asks_gate and self._lets_in(may_join):
-            coming = self._scheduler.let_in(self._runner.max_launched - len(rows)) if may_join else []
-            if not coming:
-                return None
+        coming = self._coming(self._runner.max_launched - len(rows), may_join) if asks_gate else []
+        if coming is None:
+            return None
         limits = np.fromiter((sequence.max_len for sequence in rows), np.int64, len(rows))
         if not (goes_on := positions + 1 < limits).all():  # the others end with the token that is under way
             kept = np.flatnonzero(goes_on)

@@ -18,9 +18,7 @@ MIN_TOKENS = 8
 MIN_CHUNK = 16  # prefill tokens of a step that go ahead whatever the budgets say: the line must move
 CATCH_UP = 16  # tokens in which a request that is behind is to be back on its pace: hurrying more would cost the others more than it gains
 LEAST_PACE = 0.5  # of its budget that it is allowed meanwhile
-EFFICIENCY = (
-    0.85  # of the throughput of all rows that a step must keep if some are left out: work that is put off has to be done all the same
-)
+EFFICIENCY = 0.85  # of the throughput of all rows that a step keeps if some are left out: what is put off has to be done all the same
 StepSeconds = Callable[[int, int], float]  # (tokens, context positions) -> seconds
 
 

@@ -18,6 +18,7 @@ from dspark.workers.verifier.costs import CostTable, Curve, LiveCosts
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.forward import BestTokens
 from dspark.workers.verifier.runner import GraphOptions
+from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.step_buffers import HostStep
 from dspark.workers.verifier.targets import Target
 
@@ -139,6 +140,26 @@ def test_prompts_of_new_requests_are_computed_apart(target: Target, mixed: bool)
     assert len(alone) >= 1
     assert bool(beside) == mixed
     assert engine.ahead.launched > 20
+
+
+@pytest.mark.parametrize("length", [8, 90])
+def test_only_a_prompt_that_fits_is_let_in_at_the_price_of_joining(target: Target, length: int) -> None:
+    """A prompt that a graph has no room for holds those who run up: whoever waits with it is weighed against that."""
+    prices: list[bool] = []
+    engine = ahead(target, max_num_seqs=2)
+    gate = engine.ahead._gate
+    lets_in = gate.lets_in
+
+    def spy(waiting: list[Sequence], num_running: int, num_places: int, joins: bool = False) -> bool:
+        if waiting and num_places > 0:
+            prices.append(joins)
+        return lets_in(waiting, num_running, num_places, joins)
+
+    gate.lets_in = spy  # type: ignore[method-assign,assignment]
+    coming = [greedy(f"p{i}", [3 + (5 * i + j) % 150 for j in range(length)], 6 + 5 * i) for i in range(4)]
+    assert same(run(engine, coming), run(make_engine(target), coming))
+    assert prices
+    assert all(joins == (length < engine.runner.max_launched - 1) for joins in prices)
 
 
 def test_a_full_pool_ends_it(target: Target) -> None:

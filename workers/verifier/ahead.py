@@ -158,11 +158,12 @@ class RunAhead:
     def _coming(self, room: int, may_join: bool) -> list[Sequence] | None:
         """Who is let in by the step to be launched, with prompts of ``room`` tokens at most; None: the gate opens and nobody can join."""
         scheduler = self._scheduler
-        num_running = len(scheduler.running)
-        self.gate_opened = self._gate.lets_in(scheduler.waiting, num_running, scheduler.limits.max_num_seqs - num_running, may_join)
+        waiting, num_running = scheduler.waiting, len(scheduler.running)
+        joins = may_join and bool(waiting) and waiting[0].num_known <= room
+        self.gate_opened = self._gate.lets_in(waiting, num_running, scheduler.limits.max_num_seqs - num_running, joins)
         if not self.gate_opened:
             return []
-        return (scheduler.let_in(room) or None) if may_join else None
+        return (scheduler.let_in(room) or None) if joins else None
 
     def _launch(
         self,

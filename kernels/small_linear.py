@@ -24,7 +24,8 @@ from torch import Tensor
 from dspark.kernels.device import launches_early
 from dspark.kernels.ragged_attention import power_of_2
 
-MAX_ROWS = 16  # the least that a matrix unit takes at once; fewer cost the same
+MAX_ROWS = 16
+FEW_ROWS = 8  # the least that a matrix unit takes at once; fewer cost the same
 ONE_ROW_WIDTH, FEW_ROWS_WIDTH = 16384, 2048  # the widest weights of which a program holds whole rows
 SHARES = 4  # of the width that the warps of a program multiply by themselves
 LEAST_WIDTH = 16 * SHARES  # a matrix product takes no less
@@ -46,9 +47,10 @@ def cut_for(rows: int, width: int, is_gated: bool) -> Cut:
     block = max(power_of_2(width), LEAST_WIDTH)
     if rows == 1 and block <= ONE_ROW_WIDTH:
         return Cut(4 if block <= FEW_ROWS_WIDTH else 2, block, 1, 1, is_at_once=True)
+    most = FEW_ROWS if rows <= FEW_ROWS else MAX_ROWS
     if block <= FEW_ROWS_WIDTH:
-        return Cut(16, block, MAX_ROWS, 1, is_at_once=True)
-    return Cut(16, 256, MAX_ROWS, 3 if is_gated else 4, is_at_once=False)
+        return Cut(16, block, most, 1, is_at_once=True)
+    return Cut(16, 256, most, 3 if is_gated else 4, is_at_once=False)
 
 
 def small_linear(

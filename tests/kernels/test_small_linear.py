@@ -6,14 +6,14 @@ import pytest
 import torch
 from helpers.triton_interpreter import mend_interpreter
 
-from dspark.kernels.small_linear import FEW_ROWS_WIDTH, MAX_ROWS, launch, reference, small_linear
+from dspark.kernels.small_linear import FEW_ROWS, FEW_ROWS_WIDTH, MAX_ROWS, launch, reference, small_linear
 
 pytest.importorskip("triton")
 mend_interpreter()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1, MAX_ROWS])
 @pytest.mark.parametrize(("with_norm", "with_bias", "with_residual"), [(False, False, True), (True, True, False), (True, False, True)])
 def test_equals_torch(rows: int, with_norm: bool, with_bias: bool, with_residual: bool) -> None:
     torch.manual_seed(rows)

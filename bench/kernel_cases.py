@@ -57,7 +57,7 @@ class Sizes:
     block: int = 16
     candidates: int = 512
     tokens: tuple[int, ...] = (1, 64, 2048)
-    few_tokens: tuple[int, ...] = (1, 16)
+    few_tokens: tuple[int, ...] = (1, 8, 16)
     requests: tuple[int, ...] = (1, 64)
     # (rows, new tokens of each, context of each)
     attention: tuple[tuple[int, int, int], ...] = field(
@@ -100,6 +100,7 @@ def all_cases(maker: Maker, sizes: Sizes) -> Iterator[Case]:
     yield transfer_case(maker, sizes)
     for requests in sizes.requests:
         yield block_start_case(maker, requests)
+        yield candidates_case(maker, sizes, requests)
         yield markov_case(maker, sizes, requests)
         for name, temperature, top_k, top_p in (
             ("greedy", 0.0, 0, 1.0),
@@ -320,6 +321,23 @@ def block_start_case(maker: Maker, requests: int) -> Case:
         return Calls(ours, plain)
 
     return Case("draft_rows", f"{requests} blocks of {depth}", requests * (depth + 1) * 80, make)
+
+
+def candidates_case(maker: Maker, sizes: Sizes, requests: int) -> Case:
+    """The candidates of blocks of five tokens; torch's own is the exact top-k."""
+    import torch
+
+    from dspark.kernels import group_best as kernel
+
+    count = 5 * requests
+
+    def make(seed: int) -> Calls:
+        args = (maker.normal(seed, count, sizes.vocab), sizes.candidates)
+        own = partial(torch.topk, *args, sorted=False)
+        return Calls(partial(kernel.launch, *args), partial(kernel.reference, *args), own)
+
+    moved = count * (sizes.vocab * maker.dtype.itemsize + sizes.candidates * (maker.dtype.itemsize + 8))
+    return Case("best_of_groups", f"{count} x {sizes.vocab} to {sizes.candidates}", moved, make)
 
 
 def markov_case(maker: Maker, sizes: Sizes, requests: int) -> Case:

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dspark.bench.kernel_cases import SMALL, Maker, all_cases, sampling_rows
-from dspark.kernels import draft_rows, kv_store, ragged_attention, rotary, sampling, small_linear, step_end
+from dspark.kernels import draft_rows, group_best, kv_store, ragged_attention, rotary, sampling, small_linear, step_end
 
 DIALECT = GPUTarget("cuda", 90, 32)
 
@@ -46,7 +46,7 @@ def main() -> None:
     JITFunction.__getitem__ = compile_only
     ragged_attention._num_processors = lambda device: 132
     for dtype in (torch.bfloat16, torch.float32):
-        for module in (kv_store, ragged_attention, small_linear):
+        for module in (group_best, kv_store, ragged_attention, small_linear):
             module.launches_early = lambda device, is_early=dtype == torch.bfloat16: is_early  # type: ignore[attr-defined]
         maker = Maker(torch.device("cpu"), dtype)
         for case in all_cases(maker, SMALL):

@@ -35,7 +35,7 @@ class EngineConfig(BaseModel):
         default=None, ge=16, le=65536, description="tokens of one step, drafted ones included; None: 512 on a CPU, 8192 on a GPU"
     )
     graph_tokens: int = Field(
-        default=1024, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
+        default=2048, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
     )
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
     draft_law_width: int = Field(default=256, ge=1, description="support of the draft law under the ratio rule")

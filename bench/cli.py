@@ -93,6 +93,7 @@ def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
         max_prompt_tokens=args.max_prompt_tokens,
         ignore_eos=args.ignore_eos,
         synthetic=synthetic,
+        steady_s=args.steady or 0.0,
     )
 
 

@@ -17,7 +17,7 @@ from dspark.workers.verifier.costs import Floats
 from dspark.workers.verifier.planner import MIN_GAIN, rank
 
 KEPT_ROWS = 256  # recent drafts that stand for the next ones
-DECIDE_EVERY = 4  # steps; a decision costs more than a plan
+DECIDE_EVERY, DECIDE_S = 4, 0.01  # steps, and seconds of plain ones, from one decision to the next: it costs more than a plan
 LONGEST_PAUSE = 64  # steps between two looks at acceptance while nothing is drafted
 LOOK_ROWS = 8  # requests that draft in such a look
 LOOK_WEIGHT = 8  # rows that each of them stands for
@@ -55,6 +55,7 @@ class DraftPolicy:
     _oldest: int = 0
     _depth: int = field(init=False)
     _steps: int = 0
+    _decides_at: int = 1  # steps
     _closed_for: int = 0
     _pause: int = 1
     _num_observed: int = 0
@@ -106,8 +107,10 @@ class DraftPolicy:
         if not len(self._recent):
             return self.block_size
         self._steps += 1
-        if self._steps % DECIDE_EVERY == 1:
-            self._depth = self._best_depth(outlook())
+        if self._steps >= self._decides_at:
+            seen = outlook()
+            self._depth = self._best_depth(seen)
+            self._decides_at = self._steps + max(DECIDE_EVERY, round(DECIDE_S / seen.plain_s))
         if self._depth:
             self._pause, self._closed_for = 1, 0
             return self.block_size if self._steps % LOOK_DEEPER_EVERY == 0 else self._depth

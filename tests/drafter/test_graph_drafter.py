@@ -276,6 +276,26 @@ def test_prompts_of_new_requests_are_computed_beside_drafts_or_apart(target: Tar
         assert_same_trees(*spies)
 
 
+@pytest.mark.parametrize(("mode", "beside"), [("adaptive", [(6, 3)]), ("static:4", [])])
+def test_drafts_make_room_for_prompts_that_wait(target: Target, mode: str, beside: list[tuple[int, int]]) -> None:
+    """Six rows of four drafts and a prompt of fifteen tokens are more than the 40 of a graph: the scheduler's drafts give way."""
+    waiting = greedy("new", range(3, 18), 10)
+    coming = [*(greedy(f"r{i}", [3 + i, 9, 4], 12 + 20 * (i > 0)) for i in range(7)), waiting]
+    wanted = {name: one.tokens for name, one in run(make_engine(target, speculation="off"), coming).items()}
+    _, engine = engines(target, speculation=mode, costs=FLAT, max_num_seqs=7)
+    joined: list[tuple[int, int]] = []
+    launch = engine.ahead.launch_drafts
+
+    def spy(sequences: list[Any], drafts: Any, num_drafts: int, new: list[Any]) -> Any:
+        joined.extend((len(sequences), num_drafts) for _ in new)
+        return launch(sequences, drafts, num_drafts, new)
+
+    engine.ahead.launch_drafts = spy  # type: ignore[method-assign]
+    assert {name: one.tokens for name, one in run(engine, coming).items()} == wanted
+    engine.aside.close()
+    assert joined == beside
+
+
 @pytest.mark.parametrize("seats", [3, 8])
 def test_looks_are_no_deeper_than_a_request_allows(target: Target, seats: int) -> None:
     """Speculation pauses; what looks at acceptance now and then, flying from plain steps to drafted ones and back, keeps the limit."""

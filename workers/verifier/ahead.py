@@ -113,6 +113,16 @@ class RunAhead:
         """Letting requests in kept those who run from going on for so long."""
         self._gate.took(seconds)
 
+    def depth_beside_prompts(self, num_rows: int, depth: int) -> int:
+        """At most ``depth``, so that the prompts of all who wait and have a place fit beside so many drafts; at least 1.
+
+        Drafts come last: a draft left out costs its own gain, a prompt left out a whole place.
+        """
+        scheduler = self._scheduler
+        places = max(0, scheduler.limits.max_num_seqs - len(scheduler.running))
+        num_prompt = sum(sequence.num_known for sequence in scheduler.waiting[:places])
+        return min(depth, max(1, (self._runner.max_launched - num_prompt) // num_rows - 1))
+
     def reserve_drafts(
         self, sequences: list[Sequence], reaches: Ints, num_drafts: int, asks_gate: bool, may_join: bool
     ) -> list[Sequence] | None:
@@ -143,13 +153,9 @@ class RunAhead:
     def launch_drafts(self, sequences: list[Sequence], drafts: DeviceDrafts, num_drafts: int, coming: list[Sequence]) -> DraftedFlight:
         """Launch that step, with drafts on the device for each of the sequences."""
         self.launched += 1
-        count, row_tokens = len(sequences), num_drafts + 1
-        tables = [self._pool.table(sequence.request.id) for sequence in sequences]
-        zeros = np.zeros(count * row_tokens, dtype=np.int64)  # the device knows better
-        lengths = np.full(count, row_tokens, dtype=np.int64)
-        step = HostStep(zeros, zeros, zeros, np.arange(len(zeros)), lengths, zeros[:count], tables)
+        step = HostStep.of_drafts([self._pool.table(sequence.request.id) for sequence in sequences], num_drafts + 1)
         step = self._joined(step, coming) if coming else step
-        return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(step, drafts, count, num_drafts), coming)
+        return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(step, drafts, len(sequences), num_drafts), coming)
 
     def _is_alone(self, sequences: list[Sequence]) -> bool:
         """Whether these are all that runs."""

@@ -149,9 +149,11 @@ class Flights:
     def _launch(self, sequences: list[Sequence], rows: Continuations, depth: int, asks_gate: bool = True) -> DraftedFlight | None:
         """Begin the next blocks, and the step that verifies ``depth`` tokens of them where that is over 0 and there is room for it."""
         engine, drafter = self._engine, cast(ContinuesSteps, self._engine.drafter)
-        reaches = rows.base_lens + rows.num_drafts + 1 + depth
         # reserved before the drafts are launched: they say where KV goes
         may_join = depth > 0 and asks_gate and self._would_go_on_alike()
+        if may_join and sequences[0].speculation.mode is Mode.ADAPTIVE:
+            depth = engine.ahead.depth_beside_prompts(len(sequences), depth)
+        reaches = rows.base_lens + rows.num_drafts + 1 + depth
         coming = engine.ahead.reserve_drafts(sequences, reaches, depth, asks_gate, may_join) if depth else None
         self.is_for_new = depth > 0 and coming is None and self._can_be_apart()
         if self.is_for_new or (coming is None and not asks_gate):

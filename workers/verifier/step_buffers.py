@@ -85,6 +85,8 @@ class StepBuffers:
         is_cuda = device.type == "cuda"
         self._pinned = [torch.zeros(words, dtype=torch.int32, pin_memory=is_cuda) for _ in range(HOST_COPIES)]
         self._words: list[NDArray[np.int32]] = [pinned.numpy() for pinned in self._pinned]
+        # Layout, rows and tokens of a row, where a buffer holds drafts alone: the next step that is alike only differs in its tables.
+        self._filled: list[tuple[Layout, int, int] | None] = [None] * HOST_COPIES
         self._turn = 0
         self._rows: dict[tuple[int, int], StepRows] = {}  # the fields that drafts go to, by the layout of a step
         self._own_tokens = self._device[: 2 * max_tokens].view(torch.int64)
@@ -130,6 +132,20 @@ class StepBuffers:
         plan = layout(num_tokens, num_rows)
         self._turn = (self._turn + 1) % HOST_COPIES
         words = self._words[self._turn]
+        if step.row_tokens is None or self._filled[self._turn] != (plan, len(step.lengths), step.row_tokens):
+            self._fill_fields(words, plan, step)
+        self._filled[self._turn] = None if step.row_tokens is None else (plan, len(step.lengths), step.row_tokens)
+        rows, begin = len(step.lengths), plan.spans["table_starts"][0]
+        counts = np.fromiter(map(len, step.tables), np.int32, rows)
+        ends = np.cumsum(counts)
+        words[begin : begin + rows] = ends - counts
+        words[begin + rows : begin + plan.num_rows] = 0
+        end = plan.tables + int(ends[-1]) if rows else plan.tables
+        words[plan.tables : end] = np.frombuffer(b"".join(step.tables), dtype=np.int32)  # type: ignore[arg-type]
+        self._device[self._own_words : self._own_words + end].copy_(self._pinned[self._turn][:end], non_blocking=True)
+
+    def _fill_fields(self, words: NDArray[np.int32], plan: Layout, step: HostStep) -> None:
+        """All fields of a step but its tables."""
         real, rows = len(step.positions), len(step.lengths)
         fields = {name: words[slice(*span)] for name, span in plan.spans.items()}
         fields |= {name: fields[name].view(np.int64) for name in INT64_FIELDS}
@@ -137,13 +153,13 @@ class StepBuffers:
         if step.source is None:
             fields["ids"][:real] = step.ids
             fields["ids"][real:] = 0
-            fields["source"][:] = np.arange(own, own + num_tokens)
+            fields["source"][:] = np.arange(own, own + plan.num_tokens)
         else:
             fields["ids"][:] = 0
             if len(step.ids):
                 fields["ids"][:real] = step.ids
             fields["source"][:real] = np.where(step.source < 0, np.arange(own, own + real), step.source)
-            fields["source"][real:] = own + num_tokens - 1
+            fields["source"][real:] = own + plan.num_tokens - 1
         for name, values in (("positions", step.positions), ("wanted", step.wanted)):
             fields[name][: len(values)] = values
             fields[name][len(values) :] = 0
@@ -156,16 +172,9 @@ class StepBuffers:
         starts[0] = 0
         np.cumsum(step.lengths, out=starts[1 : rows + 1])
         starts[rows + 1 : -1] = real
-        starts[-1] = num_tokens
+        starts[-1] = plan.num_tokens
         fields["contexts"][:rows] = step.contexts
         fields["contexts"][rows:] = 0
-        counts = np.fromiter(map(len, step.tables), np.int64, rows)
-        ends = np.cumsum(counts)
-        fields["table_starts"][:rows] = ends - counts
-        fields["table_starts"][rows:] = 0
-        end = plan.tables + int(ends[-1]) if rows else plan.tables
-        words[plan.tables : end] = np.frombuffer(b"".join(step.tables), dtype=np.int32)  # type: ignore[arg-type]
-        self._device[self._own_words : self._own_words + end].copy_(self._pinned[self._turn][:end], non_blocking=True)
 
     def overwrite(self, num_tokens: int, num_rows: int, drafts: DeviceDrafts, num_drafting: int, row_tokens: int) -> None:
         """Put anchors and drafts into a step that was filled: ``num_drafting`` rows of ``row_tokens`` tokens each, behind one another."""
@@ -182,7 +191,8 @@ class StepBuffers:
 class HostStep:
     """One step on the host: token by token, and row by row. ``tables`` are int32 arrays.
 
-    ``source`` are rows of ``own`` that hold the ids; below 0, or None for all: ``ids`` has them.
+    ``source`` are rows of ``own`` that hold the ids; below 0, or None for all: ``ids`` has them. ``row_tokens``: the step is drafts of so
+    many tokens a row, and all but its tables is known to the device alone.
     """
 
     ids: Sequence[int] | NDArray[np.int64]
@@ -194,6 +204,13 @@ class HostStep:
     tables: Sequence[Sequence[int]]
     source: NDArray[np.int64] | None = None
     ancestors: Sequence[int] | None = None
+    row_tokens: int | None = None
+
+    @staticmethod
+    def of_drafts(tables: Sequence[Sequence[int]], row_tokens: int) -> HostStep:
+        """Rows of ``row_tokens`` tokens that only the device knows."""
+        zeros, places, lengths = _unknown(len(tables), row_tokens)
+        return HostStep(zeros, zeros, zeros, places, lengths, zeros[: len(tables)], tables, row_tokens=row_tokens)
 
     @staticmethod
     def of(
@@ -211,3 +228,10 @@ class HostStep:
             tables=[row.table for row in rows],
             ancestors=[word for row in rows for word in row_ancestors(row)] if has_trees else None,
         )
+
+
+@lru_cache(maxsize=1024)
+def _unknown(num_rows: int, row_tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Zeros for what the device knows better, the places of all tokens, and the lengths of the rows; nobody may write to them."""
+    size = num_rows * row_tokens
+    return np.zeros(size, np.int64), np.arange(size), np.full(num_rows, row_tokens, np.int64)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from statistics import median
 from typing import TypeVar
 
-SLACK = 1.08  # of the shortest time seen: more is a disturbance
+SLACK = 1.12  # of the shortest time seen: more is a disturbance
 FIRST_LOOK_S = 3.0  # in which the shortest time is looked for
-LOOKS = 5  # their median counts
+LOOKS = 15  # a tenth of a second; their median counts
 PAUSE_S = 0.25  # between two looks of a wait
 MOST_TURNS = 4  # of which the least disturbed one counts, if none was steady
 WEIGHTS, ROWS, WIDTH = 40, 8, (1536, 576)  # 71 MB in bf16

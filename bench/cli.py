@@ -219,6 +219,24 @@ def _mixed(args: argparse.Namespace) -> int:
         return 1 if run_mixed(plan, urls[0], urls[1], out) else 0
 
 
+def _simulate(args: argparse.Namespace) -> int:
+    """The model is loaded for its cost table alone."""
+    from dspark import LLM
+    from dspark.bench.simulated import SimulatedPlan, make_kinds, relative_classes, run_simulated
+
+    encode = _chat_encoder(args.model or _embedded_model())
+    lengths = {name: [len(encode(prompt)) for prompt in load_set(args.prompts, name)] for name in args.trace}
+    kinds = make_kinds(lengths, args.acceptance)
+    with _json_out(args.json) as out, LLM(args.model, args.drafter, "adaptive", args.dtype, max_num_seqs=args.max_num_seqs) as llm:
+        costs, limits = llm.engine.drafts.costs, llm.engine.options.limits
+        if costs is None:
+            raise ConfigError(f"--drafter {args.drafter} drafts nothing: there is no table of what drafts cost")
+        classes = tuple(args.classes or relative_classes(kinds, costs.measured))
+        plan = SimulatedPlan(args.rates, args.requests, args.repeats, args.seed, args.max_tokens, kinds, classes, limits)
+        run_simulated(plan, llm.engine.target, costs.measured, out)
+    return 0
+
+
 def _planner(args: argparse.Namespace) -> int:
     with _json_out(args.json) as out:
         run_planner(args.requests, args.positions, args.estimators, args.repeats, out)
@@ -356,6 +374,7 @@ _RUN: Mapping[str, Command] = {
     "mixed": _mixed,
     "cohorts": _cohorts,
     "planner": _planner,
+    "simulate": _simulate,
     "profile": _profile,
     "router": _router,
     "kernels": _kernels,

@@ -50,6 +50,7 @@ def make_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("offline", _add_offline, "modes of speculation against each other, in this process"),
         ("online", _add_online, "load on an OpenAI-compatible server"),
         ("mixed", _add_mixed, "goodput of mixed traffic: adaptive with and without latency budgets, and plain, on own servers"),
+        ("simulate", _add_simulate, "the same on a clock that only steps move: what latency budgets bring, without noise"),
         ("cohorts", _add_cohorts, "two cohorts of requests that hide drafting by a draft worker under verification, with a trace"),
         ("planner", _add_planner, "host time of a step's decisions about drafts, without a model"),
         ("survival", _add_survival, "the estimators of acceptance against each other, on rounds of real text"),
@@ -203,6 +204,25 @@ def _add_mixed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", default="auto", help="of the adaptive server: auto, ngram, or a folder (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     parser.add_argument("--server-flags", type=shlex.split, default=[], metavar="TEXT", help="more flags of dspark serve, for both servers")
+
+
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    trace = f"prompt sets that are mixed at random (default {','.join(DEFAULT_SETS)})"
+    parser.add_argument("--trace", type=_list_of(str), default=DEFAULT_SETS, metavar="A,B", help=trace)
+    parser.add_argument("--prompts", type=Path, default=DEFAULT_FOLDER, metavar="FOLDER", help="default: the sets chat, code, math")
+    _add_class(parser)
+    parser.add_argument("--rates", type=_list_of(_over_zero), required=True, metavar="R,S", help="Poisson arrivals a second")
+    parser.add_argument("--requests", type=_positive, default=200, metavar="N", help="requests of each trace (default 200)")
+    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="traces at each rate (default 3)")
+    parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="new tokens a request (default 128)")
+    chances = "chance that a draft is accepted if those before it were, one for all sets or one each (default 0.7)"
+    parser.add_argument("--acceptance", type=_list_of(_over_zero), default=(0.7,), metavar="P,Q", help=chances)
+    parser.add_argument("--max-num-seqs", type=_positive, default=64, metavar="N", help="requests that run at once (default 64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of arrival times, mix and classes (default 0)")
+    parser.add_argument("--model", help="folder or hub name, for its cost table (default: the embedded model)")
+    parser.add_argument("--drafter", default="auto", help="auto, ngram, or a folder (default auto)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="append one JSON line a result")
 
 
 def _add_cohorts(parser: argparse.ArgumentParser) -> None:

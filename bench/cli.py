@@ -206,15 +206,17 @@ def _mixed(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         seed=args.seed,
         timeout_s=args.timeout,
+        refuses=args.refuse,
     )
     names = [one.name for one in plan.classes] or list(RELATIVE_CLASSES)
-    known = ["--service-classes", json.dumps({name: {} for name in names})]  # the budgets come with the requests
+    settings = {"reject_when_late": True} if plan.refuses else {}  # the budgets come with the requests
+    known = ["--service-classes", json.dumps(dict.fromkeys(names, settings))]
     with _json_out(args.json) as out, ExitStack() as servers:
         urls: list[str] = []
-        for settings in (["--speculation", "adaptive", "--drafter", args.drafter], ["--speculation", "off", "--drafter", "none"]):
+        for mode in (["--speculation", "adaptive", "--drafter", args.drafter], ["--speculation", "off", "--drafter", "none"]):
             port = free_port()
             urls.append(f"http://127.0.0.1:{port}")
-            command = serve_command(args.model, port, [*settings, *known, "--dtype", args.dtype, *args.server_flags])
+            command = serve_command(args.model, port, [*mode, *known, "--dtype", args.dtype, *args.server_flags])
             servers.enter_context(running(command, urls[-1], SERVER_START_S))
         return 1 if run_mixed(plan, urls[0], urls[1], out) else 0
 

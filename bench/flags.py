@@ -204,6 +204,8 @@ def _add_mixed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter", default="auto", help="of the adaptive server: auto, ngram, or a folder (default auto)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
     parser.add_argument("--server-flags", type=shlex.split, default=[], metavar="TEXT", help="more flags of dspark serve, for both servers")
+    refuse = "let the server told of budgets refuse requests that it predicts to be late (reject_when_late); a refusal keeps no budget"
+    parser.add_argument("--refuse", action="store_true", help=refuse)
 
 
 def _add_simulate(parser: argparse.ArgumentParser) -> None:

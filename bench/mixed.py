@@ -1,6 +1,7 @@
 """``dspark bench mixed``: one trace of mixed prompts and service classes on three servings of it, in turns.
 
-``adaptive+budgets``   adaptive speculation; every request says its class and its latency budget
+``adaptive+budgets``   adaptive speculation; every request says its class and its latency budget, and is refused if its class says so
+                       and the budget is predicted to be missed: a refused request has kept nothing
 ``adaptive``           the same server, told of neither
 ``plain``              a server without speculation, told of neither
 
@@ -38,11 +39,15 @@ SATURATING = 16  # streams that fill the plain server, to learn what it can do a
 KNEE_STEP = 1.25  # from one rate to the next in the search for the knee
 KNEE_FALL = 0.9  # of the best goodput: less than this is beyond the knee
 KNEE_TRIES = 12
+REFUSED = "HTTP 503"
 
 
 @dataclass(frozen=True, slots=True)
 class MixedPlan:
-    """A whole run. ``rates`` empty: the knee is searched for. ``classes`` empty: made from ``RELATIVE_CLASSES``."""
+    """A whole run. ``rates`` empty: the knee is searched for. ``classes`` empty: made from ``RELATIVE_CLASSES``.
+
+    ``refuses``: the servers' classes prefer a refusal to a late answer.
+    """
 
     ask: Ask
     folder: Path
@@ -53,6 +58,7 @@ class MixedPlan:
     repeats: int
     seed: int
     timeout_s: float
+    refuses: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,8 @@ def run_mixed(plan: MixedPlan, adaptive_url: str, plain_url: str, out: TextIO | 
         for repeat in range(plan.repeats):
             for serving in rotated(servings, repeat):
                 measured = measure(f"{serving.name} {repeat + 1}", serving, Load(rate_per_s=rate), plan.seed + repeat)
-                failed += measured.errors.total()
+                refused = measured.errors[REFUSED] if plan.refuses and serving.tells_budgets else 0
+                failed += measured.errors.total() - refused
                 shares[serving.name].append(measured.summary().goodput_share)
                 if out is not None:
                     print(json.dumps(_record(plan, serving, rate, repeat) | measured.as_record() | origin), file=out, flush=True)
@@ -185,6 +192,7 @@ def _record(plan: MixedPlan, serving: Serving, rate: float, repeat: int) -> dict
         "prompt_set": "+".join(plan.sets),
         "rate_per_s": rate,
         "repeat": repeat,
+        "refuses": plan.refuses,
         "seed": plan.seed + repeat,
         "temperature": plan.ask.temperature,
         "max_tokens": plan.ask.max_tokens,

@@ -117,12 +117,13 @@ class Fleet:
 
     def __init__(self) -> None:
         self.servers: list[tuple[list[str], Server]] = []
+        self.refuses = False  # requests that say a budget
 
     @contextlib.contextmanager
     def running(self, command: Sequence[str], url: str, start_s: float) -> Iterator[None]:
         is_plain = command[command.index("--speculation") + 1] == "off"
         lines = [chunk("a"), *[chunk("b")] * (8 if is_plain else 2), chunk("", "stop"), usage(9), "data: [DONE]"]
-        server = Server(lambda prompt: (200, lines))
+        server = Server(lambda prompt: (503 if self.refuses and "latency_budget" in server.bodies[-1] else 200, lines))
         self.servers.append((list(command), server))
         loop = asyncio.new_event_loop()
         listener = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", int(url.rpartition(":")[2])))
@@ -172,6 +173,22 @@ def test_three_servings_take_turns(fleet: Fleet, tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert "adaptive+budgets / plain: " in printed
     assert records[0]["classes"]["interactive"]["goodput_share"] > records[2]["classes"]["interactive"]["goodput_share"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_refusals_keep_nothing_and_fail_only_who_did_not_ask_for_them(
+    fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: bool
+) -> None:
+    fleet.refuses = True
+    out = tmp_path / "out.jsonl"
+    loose = ["--class", "interactive:ttft_ms=5000", *(["--refuse"] if asked else [])]
+    assert main([*FLAGS, *loose, "--rates", "40", "--repeats", "1", "--json", str(out)]) == (0 if asked else 1)
+    told, *others = (json.loads(line) for line in out.read_text().splitlines())
+    assert (told["serving"], told["refuses"], told["goodput_share"], told["errors"]) == ("adaptive+budgets", asked, 0.0, 12)
+    assert [(one["goodput_share"], one["errors"]) for one in others] == [(1.0, 0)] * 2
+    settings = {"reject_when_late": True} if asked else {}
+    assert all(json.dumps({"interactive": settings}) in command for command, _ in fleet.servers)
+    assert "12 x HTTP 503" in capsys.readouterr().out
 
 
 def test_without_rates_the_knee_is_searched(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

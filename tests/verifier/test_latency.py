@@ -95,7 +95,8 @@ def test_chunks_keep_the_pace_of_those_who_decode() -> None:
     most = 512
     assert chunk_tokens([Prefill(400, INF)], 0.04, INF, 0.001, most) == most
     assert chunk_tokens([Prefill(400, INF)], 0.04, 0.10, 0.001, most) == 60
-    assert chunk_tokens([Prefill(400, INF)], 0.04, 0.041, 0.001, most) == MIN_CHUNK
+    assert chunk_tokens([Prefill(400, INF)], 0.04, 0.041, 0.001, most) == 40, "as long as those who decode"
+    assert chunk_tokens([Prefill(400, INF)], 0.004, 0.0041, 0.001, most) == MIN_CHUNK
     assert chunk_tokens([Prefill(400, INF)], 0.04, 0.03, 0.001, most) == most, "they are late without any prompt"
     assert chunk_tokens([], 0.04, 0.03, 0.0, most) == most
 

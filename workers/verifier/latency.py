@@ -15,7 +15,7 @@ INF = math.inf
 PATIENCE_S = 10.0  # a request without a (reachable) TTFT budget waits in line as if it had this one, so that it is never starved
 MISSED = 1.5  # times its TPOT budget: beyond, and after MIN_TOKENS tokens, it will not be kept any more
 MIN_TOKENS = 8
-MIN_CHUNK = 16  # prefill tokens of a step that go ahead whatever the budgets say: the line must move
+MIN_CHUNK = 16  # prefill tokens of a step that go ahead whatever the budgets say
 CATCH_UP = 16  # tokens in which a request that is behind is to be back on its pace: hurrying more would cost the others more than it gains
 LEAST_PACE = 0.5  # of its budget that it is allowed meanwhile
 EFFICIENCY = 0.85  # of the throughput of all rows that a step keeps if some are left out: what is put off has to be done all the same
@@ -98,13 +98,14 @@ def chunk_tokens(prefills: Sequence[Prefill], decode_s: float, limit_s: float, t
     """How many prompt tokens a step may take in, at most ``most``.
 
     ``decode_s``: the step without them; ``limit_s``: longest step that keeps the budgets of those that decode; ``token_s``:
-    seconds of a prompt token. If the first tokens of ``prefills`` (in their order) would come too late that way, the chunk is
-    the one with the smallest worst overshoot of both. Where those that decode are late without any prompt, holding prompts back would
-    only let the line grow: they get all there is.
+    seconds of a prompt token. Prompts get at least as long as the rest of the step takes: budgets are averages over a request, and
+    a prompt in small pieces costs the same, later. If the first tokens of ``prefills`` (in their order) would come too late that way,
+    the chunk is the one with the smallest worst overshoot of both. Where those that decode are late without any prompt, holding
+    prompts back would only let the line grow: they get all there is.
     """
     if math.isinf(limit_s) or token_s <= 0 or decode_s >= limit_s:
         return most
-    fits = min(max(int((limit_s - decode_s) / token_s), MIN_CHUNK), most)
+    fits = min(max(int(max(limit_s - decode_s, decode_s) / token_s), MIN_CHUNK), most)
     ahead, needs = 0, []
     for prefill in prefills:
         ahead += prefill.num_tokens

@@ -325,8 +325,8 @@ class ReplicaView:
     tokens) of the waiting ones, most urgent first. ``step_costs`` are (tokens, seconds) of a verify step, ``draft_costs``
     (requests, seconds) of a draft round; both empty when they were not measured. ``prefill_token_s`` is what a prompt token adds
     to a step (0: as much as any other), ``context_row_s`` what the context of a running request does. ``drafted_per_round``
-    counts verified drafted tokens, ``tokens_per_round`` committed ones; ``prompt_per_token`` prompt tokens that were computed for every
-    committed one. ``speculation_limit`` is the share of the longest draft that may be verified.
+    counts verified drafted tokens, ``tokens_per_round`` committed ones. ``speculation_limit`` is the share of the longest
+    draft that may be verified.
     """
 
     id: str
@@ -347,7 +347,6 @@ class ReplicaView:
     context_row_s: float = 0.0
     draft_costs: tuple[tuple[int, float], ...] = ()
     drafted_per_round: float = 0.0
-    prompt_per_token: float = 0.0
     max_step_tokens: int = 512
     waiting: tuple[tuple[int, int, int], ...] = ()
     speculation: SpeculationState = SpeculationState.OFF

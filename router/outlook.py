@@ -108,7 +108,6 @@ def mean_view(views: Sequence[ReplicaView]) -> ReplicaView:
         base,
         tokens_per_round=_mean(view.tokens_per_round for view in views),
         drafted_per_round=_mean(view.drafted_per_round for view in views),
-        prompt_per_token=_mean(view.prompt_per_token for view in views),
     )
 
 

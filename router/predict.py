@@ -103,10 +103,8 @@ def predicted_ttft(view: ReplicaView, new_tokens: int, priority: int, sent: Sent
 
 
 def predicted_tpot(view: ReplicaView, rows: int) -> float:
-    """Seconds per token of a request while ``rows`` requests want to run, prompts coming with them as they did of late."""
-    rows, tokens = min(rows, view.max_running), max(view.tokens_per_round, 1.0)
-    prompt = min(round(rows * tokens * view.prompt_per_token), max(view.max_step_tokens - rows, 0))
-    return step_seconds(view, rows, prompt) / tokens
+    """Seconds per token of a request while ``rows`` requests want to run."""
+    return step_seconds(view, min(rows, view.max_running), 0) / max(view.tokens_per_round, 1.0)
 
 
 def seconds_per_place(view: ReplicaView) -> float:

@@ -109,16 +109,6 @@ def test_prompt_tokens_and_context_have_their_own_price() -> None:
     assert predicted_tpot(replica, 2) == pytest.approx(0.018)
 
 
-def test_prompts_come_with_those_who_decode() -> None:
-    """Of every step's tokens as many belong to prompts as of late; a step holds no more than it can."""
-    replica = linear(running=2, prefill_token_s=0.0001, tokens_per_round=2.0)
-    alone = predicted_tpot(replica, 3)
-    with_prompts = dataclasses.replace(replica, prompt_per_token=1.5)
-    assert predicted_tpot(with_prompts, 3) == pytest.approx(alone + 3 * 1.5 * 0.0001)
-    flooded = dataclasses.replace(replica, prompt_per_token=1e6)
-    assert predicted_tpot(flooded, 3) == pytest.approx(alone + (replica.max_step_tokens - 3) * 0.0001 / 2)
-
-
 def test_step_cost_rounds_up_and_extrapolates() -> None:
     table = view(step_costs=COSTS)
     assert [verify_seconds(table, rows) for rows in (0, 1, 2, 8, 64, 512)] == [0.040, 0.040, 0.045, 0.045, 0.095, 0.600]

@@ -154,7 +154,6 @@ def test_views_survive() -> None:
         context_row_s=0.002,
         draft_costs=((1, 0.25),),
         drafted_per_round=2.5,
-        prompt_per_token=1.25,
         max_step_tokens=77,
         waiting=((-5, 1, 2**40), (3, 2, 7)),
         speculation=SpeculationState.PAUSED,

@@ -17,8 +17,7 @@ class RecentDrafts:
     def __init__(self) -> None:
         self.tokens_per_round = 1.0
         self.drafted_per_round = 0.0
-        self.prompt_per_token = 0.0  # prompt tokens computed for every generated one
-        self._seen = (0, 0, 0, 0)  # rounds, drafted, accepted, step tokens
+        self._seen = (0, 0, 0)  # rounds, drafted, accepted
         self._asked = 0
         self._arrived = 0
         self._delivers = True
@@ -26,14 +25,12 @@ class RecentDrafts:
     def update(self, engine: Engine) -> None:
         """Take in what happened since the last call."""
         counters = engine.counters
-        now = (counters.rounds, counters.drafted, counters.accepted, counters.step_tokens)
-        rounds, drafted, accepted, tokens = (after - before for after, before in zip(now, self._seen, strict=True))
+        now = (counters.rounds, counters.drafted, counters.accepted)
+        rounds, drafted, accepted = (after - before for after, before in zip(now, self._seen, strict=True))
         if rounds > 0:
             weight = 1.0 if self._seen[0] == 0 else 1.0 - math.exp(-rounds / MEMORY_ROUNDS)
             self.tokens_per_round += weight * (1.0 + accepted / rounds - self.tokens_per_round)
             self.drafted_per_round += weight * (drafted / rounds - self.drafted_per_round)
-            num_prompt = max(0, tokens - rounds - drafted)  # a row that yields tokens computes one known token besides
-            self.prompt_per_token += weight * (num_prompt / (rounds + accepted) - self.prompt_per_token)
             self._seen = now
         if counters.drafts_arrived > self._arrived or counters.drafts_asked >= self._asked + ENOUGH:
             self._delivers = counters.drafts_arrived > self._arrived

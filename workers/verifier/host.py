@@ -126,7 +126,6 @@ class EngineHost:
             if costs is None
             else tuple((n, costs.draft_seconds(n, math.ceil(depth), int(n * context))) for n in costs.draft.sizes),
             drafted_per_round=self._recent.drafted_per_round,
-            prompt_per_token=self._recent.prompt_per_token,
             max_step_tokens=engine.options.limits.max_batch_tokens,
             waiting=_by_priority(waiting),
             speculation=self._recent.state(engine),

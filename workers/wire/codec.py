@@ -319,7 +319,6 @@ def status_to_wire(status: Status) -> pb.View:
         prefill_token_s=view.prefill_token_s,
         context_row_s=view.context_row_s,
         drafted_per_round=view.drafted_per_round,
-        prompt_per_token=view.prompt_per_token,
         max_step_tokens=view.max_step_tokens,
         waiting=[pb.Waiting(priority=priority, requests=requests, tokens=tokens) for priority, requests, tokens in view.waiting],
         speculation=view.speculation,
@@ -348,7 +347,6 @@ def status_from_wire(message: pb.View, replica_id: str, address: str) -> Status:
         prefill_token_s=message.prefill_token_s,
         context_row_s=message.context_row_s,
         drafted_per_round=message.drafted_per_round,
-        prompt_per_token=message.prompt_per_token,
         max_step_tokens=message.max_step_tokens,
         waiting=tuple((entry.priority, entry.requests, entry.tokens) for entry in message.waiting),
         speculation=_speculation_state(message.speculation),
@@ -362,7 +360,7 @@ def _check_view(message: pb.View) -> None:
         raise WireError("a cost table of the view has sizes without costs, or costs without sizes")
     if len(message.prefix_digest) > MAX_DIGEST or len(message.stats) > MAX_STATS or len(message.waiting) > MAX_WAITING:
         raise WireError("the view is too large")
-    rates = (message.tokens_per_round, message.drafted_per_round, message.prompt_per_token, message.budgets_met, message.speculation_limit)
+    rates = (message.tokens_per_round, message.drafted_per_round, message.budgets_met, message.speculation_limit)
     costs = (message.prefill_token_s, message.context_row_s)
     numbers = (*rates, *costs, *message.step_costs, *message.draft_costs, *message.stats.values())
     if not all(math.isfinite(number) for number in numbers):

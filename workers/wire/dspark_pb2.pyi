@@ -230,7 +230,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class View(_message.Message):
-    __slots__ = ("queued", "running", "max_running", "queued_tokens", "free_blocks", "num_blocks", "draining", "tokens_per_round", "step_tokens", "step_costs", "prefix_digest", "budgets_met", "healthy", "stats", "draft_requests", "draft_costs", "drafted_per_round", "max_step_tokens", "waiting", "speculation", "speculation_limit", "prefill_token_s", "context_row_s", "prompt_per_token")
+    __slots__ = ("queued", "running", "max_running", "queued_tokens", "free_blocks", "num_blocks", "draining", "tokens_per_round", "step_tokens", "step_costs", "prefix_digest", "budgets_met", "healthy", "stats", "draft_requests", "draft_costs", "drafted_per_round", "max_step_tokens", "waiting", "speculation", "speculation_limit", "prefill_token_s", "context_row_s")
     class StatsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -261,7 +261,6 @@ class View(_message.Message):
     SPECULATION_LIMIT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_ROW_S_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     queued: int
     running: int
     max_running: int
@@ -285,8 +284,7 @@ class View(_message.Message):
     speculation_limit: float
     prefill_token_s: float
     context_row_s: float
-    prompt_per_token: float
-    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., tokens_per_round: _Optional[float] = ..., step_tokens: _Optional[_Iterable[int]] = ..., step_costs: _Optional[_Iterable[float]] = ..., prefix_digest: _Optional[_Iterable[int]] = ..., budgets_met: _Optional[float] = ..., healthy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, float]] = ..., draft_requests: _Optional[_Iterable[int]] = ..., draft_costs: _Optional[_Iterable[float]] = ..., drafted_per_round: _Optional[float] = ..., max_step_tokens: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[Waiting, _Mapping]]] = ..., speculation: _Optional[str] = ..., speculation_limit: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., context_row_s: _Optional[float] = ..., prompt_per_token: _Optional[float] = ...) -> None: ...
+    def __init__(self, queued: _Optional[int] = ..., running: _Optional[int] = ..., max_running: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., tokens_per_round: _Optional[float] = ..., step_tokens: _Optional[_Iterable[int]] = ..., step_costs: _Optional[_Iterable[float]] = ..., prefix_digest: _Optional[_Iterable[int]] = ..., budgets_met: _Optional[float] = ..., healthy: _Optional[bool] = ..., stats: _Optional[_Mapping[str, float]] = ..., draft_requests: _Optional[_Iterable[int]] = ..., draft_costs: _Optional[_Iterable[float]] = ..., drafted_per_round: _Optional[float] = ..., max_step_tokens: _Optional[int] = ..., waiting: _Optional[_Iterable[_Union[Waiting, _Mapping]]] = ..., speculation: _Optional[str] = ..., speculation_limit: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., context_row_s: _Optional[float] = ...) -> None: ...
 
 class Waiting(_message.Message):
     __slots__ = ("priority", "requests", "tokens")

@@ -141,13 +141,14 @@ def make_trace(plan: SimulatedPlan, rate: float, seed: int) -> list[Arrival]:
 
 def serve(plan: SimulatedPlan, serving: Serving, arrivals: Sequence[Arrival], target: Target, costs: CostTable) -> Served:
     """Serve a trace to its end; ``target`` is not run."""
-    from dspark.workers.simulated import Clock, simulated_engine
+    from dspark.workers.simulated import Clock, SimulatedDrafter, simulated_engine
     from dspark.workers.verifier.host import EngineHost
 
     clock, served = Clock(), Served()
-    acceptance = {arrival.id: arrival.kind.acceptance for arrival in arrivals}
+    simulated = SimulatedDrafter({arrival.id: arrival.kind.acceptance for arrival in arrivals}, costs, clock)
     longest = max(arrival.num_prompt for arrival in arrivals) + plan.max_tokens
-    engine = simulated_engine(target, costs, clock, acceptance, plan.limits, longest, serving.speculates)
+    engine = simulated_engine(target, costs, clock, simulated, plan.limits, longest, serving.speculates)
+    engine.judge = simulated.judge
     host = EngineHost(engine)  # for its view; its thread is not started
     coming = iter(arrivals)
     following = next(coming, None)

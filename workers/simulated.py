@@ -54,7 +54,7 @@ class SimulatedDrafter:
 
     def __init__(self, acceptance: Mapping[str, float], costs: CostTable, clock: Clock) -> None:
         """``acceptance``, by request: how likely a draft of its text is accepted if all before it were."""
-        self._acceptance = acceptance
+        self.acceptance = acceptance
         self._costs, self._clock = costs, clock
         self._turns: dict[str, DraftTurn] = {}
 
@@ -88,7 +88,7 @@ class SimulatedDrafter:
 
     def confidence(self, request_id: str, base_len: int) -> list[float]:
         """How likely each token drafted behind ``base_len`` known ones is accepted; the same whenever it is asked."""
-        mean = self._acceptance[request_id]
+        mean = self.acceptance[request_id]
         draw = random.Random(f"confidence {request_id} {base_len}")
         return [min(max(draw.betavariate(SPREAD * mean, SPREAD * (1 - mean)), 1 - SUREST), SUREST) for _ in range(DRAFT_LEN)]
 
@@ -104,14 +104,13 @@ class SimulatedDrafter:
 
 
 def simulated_engine(
-    target: Target, costs: CostTable, clock: Clock, acceptance: Mapping[str, float], limits: Limits, longest: int, speculates: bool
+    target: Target, costs: CostTable, clock: Clock, simulated: SimulatedDrafter, limits: Limits, longest: int, speculates: bool
 ) -> Engine:
-    """An engine for requests of at most ``longest`` tokens, whose ids ``acceptance`` knows; ``target`` is not run."""
-    simulated = SimulatedDrafter(acceptance, costs, clock)
+    """An engine for requests of at most ``longest`` tokens that the drafter knows. ``target`` is not run: let the drafter judge."""
     drafter: Drafter = simulated if speculates else NoDrafter()
     pool = BlockPool(limits.max_num_seqs * (longest // 16 + 2))
     speculation = Speculation() if speculates else Speculation(Mode.OFF)
-    options = EngineOptions(max_model_len=longest + 1, limits=limits, max_queued=len(acceptance), speculation=speculation)
+    options = EngineOptions(max_model_len=longest + 1, limits=limits, max_queued=len(simulated.acceptance), speculation=speculation)
     engine = Engine(target, pool, drafter, options, None, clock)
     engine.set_costs(costs)
 
@@ -124,5 +123,4 @@ def simulated_engine(
         return StepResult(None, first_rows, [0] * len(step.rows), None)  # type: ignore[arg-type]
 
     engine.runner.forward = forward  # type: ignore[method-assign, assignment]
-    engine.judge = simulated.judge
     return engine

@@ -22,6 +22,7 @@ KERNELS = {
     "judge_chains",
     "kv_store",
     "draft_rows",
+    "best_of_groups",
     "markov_sample",
     "pack_blocks",
     "rms_norm + residual",

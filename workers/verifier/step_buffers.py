@@ -132,10 +132,11 @@ class StepBuffers:
         plan = layout(num_tokens, num_rows)
         self._turn = (self._turn + 1) % HOST_COPIES
         words = self._words[self._turn]
-        if step.row_tokens is None or self._filled[self._turn] != (plan, len(step.lengths), step.row_tokens):
-            self._fill_fields(words, plan, step)
-        self._filled[self._turn] = None if step.row_tokens is None else (plan, len(step.lengths), step.row_tokens)
         rows, begin = len(step.lengths), plan.spans["table_starts"][0]
+        drafts = None if step.row_tokens is None else (plan, rows, step.row_tokens)
+        if drafts is None or drafts != self._filled[self._turn]:
+            self._fill_fields(words, plan, step)
+        self._filled[self._turn] = drafts
         counts = np.fromiter(map(len, step.tables), np.int32, rows)
         ends = np.cumsum(counts)
         words[begin : begin + rows] = ends - counts

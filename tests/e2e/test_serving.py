@@ -106,10 +106,8 @@ def test_a_verifier_that_dies_mid_stream_changes_no_text(server: Server) -> None
     def is_noticed() -> bool:
         return server.metrics("dspark_replays_total")[""] > before or len(got) == len(prompts)
 
-    killed = 0
     for victim in server.verifiers():  # the second one if no stream was on the first
         os.kill(victim, signal.SIGKILL)
-        killed += 1
         deadline = time.monotonic() + 3.0
         while not (noticed := is_noticed()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -119,7 +117,7 @@ def test_a_verifier_that_dies_mid_stream_changes_no_text(server: Server) -> None
         thread.join(120)
     assert got == expected
     assert server.metrics("dspark_replays_total")[""] > before
-    assert httpx.get(f"{server.url}/health").status_code == 200 or killed == 2
+    assert httpx.get(f"{server.url}/health").status_code == 200
     eventually(lambda: httpx.get(f"{server.url}/health").json()["healthy"] == 2, 60, "Serve's replacing the verifier")
 
 

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from dspark.kernels.keyed_random import ACCEPT, TOKEN, race, uniform
-from dspark.kernels.sampling import SamplingRows, laws_reference, sample_reference, settle
+from dspark.kernels.sampling import BLOCK, NUM_WARPS, SamplingRows, key_bits, laws_reference, sample_reference, settle
 
 GREEDY, COUPLED, RATIO = 0, 1, 2
-BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +114,10 @@ def launch(logits: Tensor, rows: SamplingRows, chains: Chains) -> tuple[Tensor, 
     asked = (chains.rules, chains.first_rows, chains.counts, chains.seeds, chains.base_lens)
     drafted = (chains.drafts, chains.law_ids, chains.law_probs)
     verdict = (tokens, accepted, joints, marks)
-    sizes = {"LENGTH": length, "WIDTH": width}
+    sizes = {"LENGTH": length, "WIDTH": width, "BITS": key_bits(logits)}
     strides = (logits.stride(0), marks.stride(0))
     grid, law_block = (num_requests,), next_power_of_2(width)
     code.accept[grid](logits, rows.temperature, settled.tokens, *law, *asked, *drafted, *verdict, *strides, **sizes, BLOCK=law_block)
     sizes |= {"LAW_BLOCK": law_block, "BLOCK": min(BLOCK, next_power_of_2(size))}
-    code.draw_residual[grid](logits, rows.temperature, *law, *asked, *drafted, *verdict, size, *strides, **sizes, num_warps=8)
+    code.draw_residual[grid](logits, rows.temperature, *law, *asked, *drafted, *verdict, size, *strides, **sizes, num_warps=NUM_WARPS)
     return tokens, accepted

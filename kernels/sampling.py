@@ -4,14 +4,15 @@
 
     logits       [N, V]   fp32, bf16 or fp16, edited already (bias, penalties, masks); columns dense
     temperature  [N] fp32          0: the argmax, the lowest id among equals; no law is made
-    top_k        [N] int32         0: off         top_p  [N] fp64   1: off         min_p  [N] fp64   0: off
+    top_k        [N] int32         0: off; below 0: no row (padding), nothing is said of it
+    top_p  [N] fp64   1: off         min_p  [N] fp64   0: off
     seeds, positions  [N] int64    keys of the noise
     tokens       [N] int64         the argmax of log law + Gumbel noise keyed by (seed, position, TOKEN)
     probs        [N, V] fp32       each row of a temperature over 0 sums to 1
 
 As in the verifier's laws a truncation keeps a prefix of one order: from the most likely id down, equal probabilities by ascending
-id; top_p is a share of what top_k and min_p left. The kernel finds the end of the prefix by searching for its probability, two bits
-a pass over the row, 15 passes for each of top_k (or min_p) and top_p; rows without them take three passes, greedy rows one.
+id; top_p is a share of what top_k and min_p left. The kernel finds the end of the prefix by searching for its logit, two bits a pass
+over the row: for bf16 8 passes for each of top_k (or min_p) and top_p, otherwise 16. Rows without them take three, greedy rows one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from dspark.kernels.draft_draw import MIN_TEMPERATURE
 from dspark.kernels.keyed_random import TOKEN, race
 from dspark.kernels.top import first_argmax
 
-BLOCK = 4096
+BLOCK = 8192
+NUM_WARPS = 16
 BLOCK_OF_LAW = 2048
 
 
@@ -113,10 +115,16 @@ def settle(logits: Tensor, rows: SamplingRows) -> SettledRows:
             settled.masses,
             size,
             logits.stride(0),
+            BITS=key_bits(logits),
             BLOCK=min(BLOCK, next_power_of_2(size)),
-            num_warps=8,
+            num_warps=NUM_WARPS,
         )
     return settled
+
+
+def key_bits(logits: Tensor) -> int:
+    """How many bits of a logit tell it from others."""
+    return 16 if logits.dtype == torch.bfloat16 else 32
 
 
 def write_laws(logits: Tensor, rows: SamplingRows, settled: SettledRows) -> Tensor:
@@ -139,6 +147,7 @@ def write_laws(logits: Tensor, rows: SamplingRows, settled: SettledRows) -> Tens
             out,
             size,
             logits.stride(0),
+            BITS=key_bits(logits),
             BLOCK=BLOCK_OF_LAW,
         )
     return out

@@ -1,8 +1,9 @@
 """Triton code of ``sampling`` and ``chain_judge``; imported when a kernel is first launched, never before.
 
 A row's law is never written down. ``settle`` leaves five numbers a row from which any kernel can tell any id's probability:
-the peak and norm of the softmax, the least probability that is kept (as bits, which order as probabilities do), the last id
-kept among those of just that probability, and the mass that is kept.
+the peak and norm of the softmax, the least logit that is kept (as a key, see ``order``), the last id kept among those of just that
+logit, and the share of the mass that is kept. Programs go over a row in blocks and add up lane by lane, and only what is left at its
+end is reduced: a reduction waits for all threads of a program.
 """
 
 # mypy: ignore-errors
@@ -19,69 +20,86 @@ GREEDY = tl.constexpr(0)
 RATIO = tl.constexpr(2)
 TOKEN = tl.constexpr(0)
 ACCEPT = tl.constexpr(1)
+LEAST_KEY = tl.constexpr(-(2**31))
 
 
 @triton.jit
-def softmax(row, place, inside, temperature, peak, norm):
-    """Probabilities of the untruncated law at ids ``place``, fp32; 0 outside."""
-    logits = tl.load(row + place, mask=inside, other=-float("inf")).to(tl.float32)
-    return tl.div_rn(tl.exp(tl.div_rn(logits, temperature) - peak), norm)
+def order(logits, BITS: tl.constexpr):
+    """Integers that order as logits (fp32) do; ``BITS`` 16: of logits that were bf16, whose other half is empty."""
+    bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> (32 - BITS)
 
 
 @triton.jit
-def tally(row, size, temperature, peak, norm, pivot, step, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Ids, or their mass, of probability bits at least ``pivot`` + 1, 2 and 3 ``step``."""
-    first = tl.zeros((), tl.float64)
-    second = tl.zeros((), tl.float64)
-    third = tl.zeros((), tl.float64)
+def logit_of(key, BITS: tl.constexpr):
+    """The logit of a key, fp32."""
+    bits = (key << (32 - BITS)) | tl.where(key < 0, (1 << (32 - BITS)) - 1, 0)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power(logits, temperature, peak):
+    """What the softmax adds up; 0 of -inf."""
+    return tl.exp(tl.div_rn(logits, temperature) - peak)
+
+
+@triton.jit
+def tally(row, size, temperature, peak, pivot, step, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids, or their mass, whose keys are at least ``pivot`` + 1, 2 and 3 ``step``."""
+    lane = tl.arange(0, BLOCK)
+    low, middle, high = (pivot + step).to(tl.int32), (pivot + 2 * step).to(tl.int32), (pivot + 3 * step).to(tl.int32)
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    third = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        probs = softmax(row, place, place < size, temperature, peak, norm)
-        bits = probs.to(tl.int32, bitcast=True)
-        counted = probs.to(tl.float64) if BY_MASS else (place < size).to(tl.float64)
-        first += tl.sum(tl.where(bits >= pivot + step, counted, 0.0), axis=0)
-        second += tl.sum(tl.where(bits >= pivot + 2 * step, counted, 0.0), axis=0)
-        third += tl.sum(tl.where(bits >= pivot + 3 * step, counted, 0.0), axis=0)
-    return first, second, third
+        place = start + lane
+        logits = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+        keys = order(logits, BITS)
+        counted = power(logits, temperature, peak) if BY_MASS else tl.where(place < size, 1.0, 0.0)
+        first += tl.where(keys >= low, counted, 0.0)
+        second += tl.where(keys >= middle, counted, 0.0)
+        third += tl.where(keys >= high, counted, 0.0)
+    return tl.sum(first.to(tl.float64), axis=0), tl.sum(second.to(tl.float64), axis=0), tl.sum(third.to(tl.float64), axis=0)
 
 
 @triton.jit
-def search(row, size, temperature, peak, norm, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest probability bits, at least 1, that ``wanted`` ids or their mass ``wanted`` have or exceed: two bits a pass."""
-    found = tl.zeros((), tl.int32)
-    step = tl.full((), 1 << 28, tl.int32)
+def search(row, size, temperature, peak, wanted, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key that ``wanted`` ids, or ids of the mass ``wanted``, have or exceed: two bits a pass."""
+    found = tl.zeros((), tl.int64) - (1 << (BITS - 1))
+    step = tl.full((), 1 << (BITS - 2), tl.int64)
     while step > 0:
-        first, second, third = tally(row, size, temperature, peak, norm, found, step, BY_MASS, BLOCK)
-        found += ((first >= wanted).to(tl.int32) + (second >= wanted).to(tl.int32) + (third >= wanted).to(tl.int32)) * step
+        first, second, third = tally(row, size, temperature, peak, found, step, BY_MASS, BITS, BLOCK)
+        found += ((first >= wanted).to(tl.int64) + (second >= wanted).to(tl.int64) + (third >= wanted).to(tl.int64)) * step
         step = step >> 2
-    return tl.maximum(found, 1)
+    return found.to(tl.int32)
 
 
 @triton.jit
-def above(row, size, temperature, peak, norm, least, BLOCK: tl.constexpr):
-    """(ids, mass) of probability bits over ``least``, and ids of just these bits."""
-    count = tl.zeros((), tl.float64)
-    mass = tl.zeros((), tl.float64)
-    equal = tl.zeros((), tl.float64)
+def above(row, size, temperature, peak, least, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """(ids, mass) of keys over ``least``, and ids of just this key."""
+    lane = tl.arange(0, BLOCK)
+    count = tl.zeros((BLOCK,), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    equal = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        probs = softmax(row, place, place < size, temperature, peak, norm)
-        bits = probs.to(tl.int32, bitcast=True)
-        count += tl.sum((bits > least).to(tl.float64), axis=0)
-        mass += tl.sum(tl.where(bits > least, probs.to(tl.float64), 0.0), axis=0)
-        equal += tl.sum(((bits == least) & (place < size)).to(tl.float64), axis=0)
-    return count, mass, equal
+        place = start + lane
+        logits = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+        keys = order(logits, BITS)
+        count += ((keys > least) & (place < size)).to(tl.float32)
+        mass += tl.where(keys > least, power(logits, temperature, peak), 0.0)
+        equal += ((keys == least) & (place < size)).to(tl.float32)
+    return tl.sum(count.to(tl.float64), axis=0), tl.sum(mass.to(tl.float64), axis=0), tl.sum(equal.to(tl.float64), axis=0)
 
 
 @triton.jit
-def last_of(row, size, temperature, peak, norm, least, number, BLOCK: tl.constexpr):
-    """The ``number``-th id, in ascending order, of those of just the bits ``least``."""
+def last_of(row, size, least, number, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The ``number``-th id, in ascending order, of those whose key is ``least``."""
     last = tl.zeros((), tl.int32)
     seen = tl.zeros((), tl.int32)
     for start in range(0, size, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        probs = softmax(row, place, place < size, temperature, peak, norm)
-        is_tie = (probs.to(tl.int32, bitcast=True) == least) & (place < size)
+        logits = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+        is_tie = (order(logits, BITS) == least) & (place < size)
         ordinal = seen + tl.cumsum(is_tie.to(tl.int32), axis=0)
         last = tl.maximum(last, tl.max(tl.where(is_tie & (ordinal <= number), place, 0), axis=0))
         seen += tl.sum(is_tie.to(tl.int32), axis=0)
@@ -89,9 +107,15 @@ def last_of(row, size, temperature, peak, norm, least, number, BLOCK: tl.constex
 
 
 @triton.jit
-def is_kept(probs, place, least, last):
-    bits = probs.to(tl.int32, bitcast=True)
-    return (bits > least) | ((bits == least) & (place <= last))
+def is_kept(keys, place, least, last):
+    return (keys > least) | ((keys == least) & (place <= last))
+
+
+@triton.jit
+def winner(leading, wheres, size):
+    """Of the largest value of all lanes, the first id."""
+    best = tl.max(leading, axis=0)
+    return tl.minimum(tl.min(tl.where(leading == best, wheres, size), axis=0), size - 1)  # NaN equals nothing
 
 
 @triton.jit
@@ -111,102 +135,104 @@ def settle(
     masses,
     size,
     logits_row,
+    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The five numbers of a row's law, and its token."""
+    """The five numbers of a row's law, and its token; nothing where ``top_k`` is below 0."""
     n = tl.program_id(0).to(tl.int64)
-    row = logits + n * logits_row
-    temperature = tl.load(temperatures + n)
-    best = tl.full((), -float("inf"), tl.float32)
-    token = tl.zeros((), tl.int32)
-    for start in range(0, size, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
-        high, where = tl.max(values, axis=0, return_indices=True)
-        token = tl.where(high > best, start + where, token)
-        best = tl.maximum(best, high)
-    peak = best
-    norm = tl.full((), 1.0, tl.float32)
-    least = tl.full((), 1, tl.int32)
-    last = tl.full((), 0, tl.int32) + size
-    mass = tl.full((), 1.0, tl.float64)
-    if temperature > 0.0:
-        temperature = tl.maximum(temperature, 1e-30)
-        peak = tl.div_rn(best, temperature)
-        total = tl.zeros((), tl.float64)
+    top_k = tl.load(top_ks + n).to(tl.int32)
+    if top_k >= 0:
+        row = logits + n * logits_row
+        lane = tl.arange(0, BLOCK)
+        temperature = tl.load(temperatures + n)
+        leading = tl.full((BLOCK,), -float("inf"), tl.float32)
+        wheres = lane
         for start in range(0, size, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            probs = softmax(row, place, place < size, temperature, peak, 1.0)
-            total += tl.sum(probs.to(tl.float64), axis=0)
-        norm = total.to(tl.float32)
-        top_k = tl.load(top_ks + n).to(tl.int32)
-        top_p = tl.load(top_ps + n)
-        min_p = tl.load(min_ps + n)
-        wanted = tl.where((top_k > 0) & (top_k < size), top_k, size).to(tl.float64)
-        if min_p > 0.0:
-            floor = min_p * tl.div_rn(1.0, norm).to(tl.float64)
-            likely = tl.zeros((), tl.float64)
+            place = start + lane
+            values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+            wheres = tl.where(values > leading, place, wheres)
+            leading = tl.maximum(leading, values)
+        peak = tl.max(leading, axis=0)
+        token = winner(leading, wheres, size)
+        norm = tl.full((), 1.0, tl.float64)
+        kept_mass = tl.full((), 1.0, tl.float64)
+        least = tl.full((), LEAST_KEY, tl.int32)
+        last = tl.full((), 0, tl.int32) + size
+        if temperature > 0.0:
+            temperature = tl.maximum(temperature, 1e-30)
+            peak = tl.div_rn(peak, temperature)
+            powers = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, size, BLOCK):
-                place = start + tl.arange(0, BLOCK)
-                probs = softmax(row, place, place < size, temperature, peak, norm)
-                likely += tl.sum(((probs.to(tl.float64) >= floor) & (place < size)).to(tl.float64), axis=0)
-            wanted = tl.minimum(wanted, likely)
-        ties = tl.full((), 1.0, tl.float64) * size
-        cuts = wanted < size
-        if cuts:
-            least = search(row, size, temperature, peak, norm, wanted, False, BLOCK)
-            count, over, equal = above(row, size, temperature, peak, norm, least, BLOCK)
-            ties = tl.minimum(tl.maximum(wanted - count, 1.0), equal)
-            mass = over + ties * least.to(tl.float32, bitcast=True).to(tl.float64)
-        if top_p < 1.0:
-            target = top_p * mass
-            reached = search(row, size, temperature, peak, norm, target, True, BLOCK)
-            count, over, equal = above(row, size, temperature, peak, norm, reached, BLOCK)
-            each = reached.to(tl.float32, bitcast=True).to(tl.float64)
-            needed = tl.minimum(tl.maximum(tl.ceil((target - over) / each), 1.0), equal)
-            if reached > least:
-                least = reached
-                ties = needed
-                mass = over + ties * each
-            elif reached == least:
-                ties = tl.minimum(ties, needed)
-                mass = over + ties * each
-            cuts = cuts | (least > 1)
-        if cuts:
-            last = last_of(row, size, temperature, peak, norm, least, ties.to(tl.int32), BLOCK)
-        key = row_key(tl.load(seeds + n), tl.load(positions + n), TOKEN, 0)
-        leading = tl.full((), -1.0, tl.float32)
-        for start in range(0, size, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            probs = softmax(row, place, place < size, temperature, peak, norm)
-            weights = tl.div_rn(probs, exponential(key, place))
-            weights = tl.where(is_kept(probs, place, least, last) & (place < size), weights, -1.0)
-            high, where = tl.max(weights, axis=0, return_indices=True)
-            token = tl.where(high > leading, start + where, token)
-            leading = tl.maximum(leading, high)
-    tl.store(tokens + n, token.to(tl.int64))
-    tl.store(peaks + n, peak)
-    tl.store(norms + n, norm)
-    tl.store(leasts + n, least)
-    tl.store(lasts + n, last)
-    tl.store(masses + n, mass)
+                place = start + lane
+                values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+                powers += power(values, temperature, peak)
+            norm = tl.sum(powers.to(tl.float64), axis=0)
+            kept_mass = norm
+            top_p = tl.load(top_ps + n)
+            min_p = tl.load(min_ps + n)
+            wanted = tl.where((top_k > 0) & (top_k < size), top_k, size).to(tl.float64)
+            if min_p > 0.0:
+                likely = tl.zeros((BLOCK,), tl.float32)
+                for start in range(0, size, BLOCK):
+                    place = start + lane
+                    values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+                    likely += (power(values, temperature, peak).to(tl.float64) >= min_p).to(tl.float32)
+                wanted = tl.minimum(wanted, tl.sum(likely.to(tl.float64), axis=0))
+            ties = tl.full((), 1.0, tl.float64) * size
+            equal = ties
+            if wanted < size:
+                least = search(row, size, temperature, peak, wanted, False, BITS, BLOCK)
+                count, over, equal = above(row, size, temperature, peak, least, BITS, BLOCK)
+                ties = tl.minimum(tl.maximum(wanted - count, 1.0), equal)
+                kept_mass = over + ties * power(logit_of(least, BITS), temperature, peak).to(tl.float64)
+            if top_p < 1.0:
+                target = top_p * kept_mass
+                reached = search(row, size, temperature, peak, target, True, BITS, BLOCK)
+                if reached >= least:
+                    count, over, together = above(row, size, temperature, peak, reached, BITS, BLOCK)
+                    each = power(logit_of(reached, BITS), temperature, peak).to(tl.float64)
+                    needed = tl.minimum(tl.maximum(tl.ceil((target - over) / each), 1.0), together)
+                    ties = tl.where(reached > least, needed, tl.minimum(ties, needed))
+                    equal = together
+                    least = reached
+                    kept_mass = over + ties * each
+            if ties < equal:
+                last = last_of(row, size, least, ties.to(tl.int32), BITS, BLOCK)
+            key = row_key(tl.load(seeds + n), tl.load(positions + n), TOKEN, 0)
+            leading = tl.full((BLOCK,), -1.0, tl.float32)
+            wheres = lane
+            for start in range(0, size, BLOCK):
+                place = start + lane
+                values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+                weights = tl.div_rn(power(values, temperature, peak), exponential(key, place))
+                weights = tl.where(is_kept(order(values, BITS), place, least, last) & (place < size), weights, -1.0)
+                wheres = tl.where(weights > leading, place, wheres)
+                leading = tl.maximum(leading, weights)
+            token = winner(leading, wheres, size)
+        tl.store(tokens + n, token.to(tl.int64))
+        tl.store(peaks + n, peak)
+        tl.store(norms + n, norm.to(tl.float32))
+        tl.store(leasts + n, least)
+        tl.store(lasts + n, last)
+        tl.store(masses + n, kept_mass / norm)
 
 
 @triton.jit
-def law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, place, inside):
+def law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, place, inside, BITS: tl.constexpr):
     """Probabilities of row ``n``'s law at ids ``place``, fp32; 0 where not ``inside``."""
     temperature = tl.maximum(tl.load(temperatures + n), 1e-30)
-    probs = softmax(logits + n * logits_row, place, inside, temperature, tl.load(peaks + n), tl.load(norms + n))
-    kept = inside & is_kept(probs, place, tl.load(leasts + n), tl.load(lasts + n))
+    values = tl.load(logits + n * logits_row + place, mask=inside, other=-float("inf")).to(tl.float32)
+    probs = tl.div_rn(power(values, temperature, tl.load(peaks + n)), tl.load(norms + n))
+    kept = inside & is_kept(order(values, BITS), place, tl.load(leasts + n), tl.load(lasts + n))
     return tl.where(kept, (probs.to(tl.float64) / tl.load(masses + n)).to(tl.float32), 0.0)
 
 
 @triton.jit
-def write_laws(logits, temperatures, peaks, norms, leasts, lasts, masses, out, size, logits_row, BLOCK: tl.constexpr):
+def write_laws(logits, temperatures, peaks, norms, leasts, lasts, masses, out, size, logits_row, BITS: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
-    probs = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, place, inside)
+    probs = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, place, inside, BITS)
     tl.store(out + n * size + place, probs, mask=inside)
 
 
@@ -236,6 +262,7 @@ def accept(
     marks_row,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Which drafts of one request stand, and its own token where that needs no residual; marks the ids of the law that fell."""
@@ -256,7 +283,7 @@ def accept(
             ids = tl.load(law_ids + at, mask=place < WIDTH, other=0).to(tl.int32)
             probs = tl.load(law_probs + at, mask=place < WIDTH, other=0.0)
             draft_prob = tl.sum(tl.where(ids == token, probs, 0.0), axis=0).to(tl.float64)
-            target = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, row, logits_row, token, token >= 0)
+            target = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, row, logits_row, token, token >= 0, BITS)
             ratio = tl.where(draft_prob > 0.0, target.to(tl.float64) / tl.where(draft_prob > 0.0, draft_prob, 1.0), 0.0)
             after = tl.minimum(before * ratio, 1.0)
             shared = tl.zeros((), tl.float64)
@@ -265,7 +292,9 @@ def accept(
                 next_ids = tl.load(law_ids + at + WIDTH, mask=place < WIDTH, other=0).to(tl.int32)
                 next_probs = tl.load(law_probs + at + WIDTH, mask=place < WIDTH, other=0.0)
                 is_law = tl.sum(tl.where(next_ids == next_token, next_probs, 0.0), axis=0) > 0.0
-                support = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, row + 1, logits_row, next_ids, next_probs > 0.0)
+                support = law_at(
+                    logits, temperatures, peaks, norms, leasts, lasts, masses, row + 1, logits_row, next_ids, next_probs > 0.0, BITS
+                )
                 overlap = tl.minimum(after * support.to(tl.float64), next_probs.to(tl.float64))
                 shared = tl.where(is_law, tl.sum(overlap, axis=0), 0.0)
             chance = (after - shared) / tl.where(after < 1.0, 1.0 - shared, 1.0)
@@ -322,6 +351,7 @@ def draw_residual(
     marks_row,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
     LAW_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -338,21 +368,25 @@ def draw_residual(
         probs = tl.load(law_probs + at, mask=place < WIDTH, other=0.0)
         token = tl.load(drafts + r * LENGTH + accepted).to(tl.int32)
         is_law = tl.sum(tl.where(ids == token, probs, 0.0), axis=0) > 0.0
-        target = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, ids, probs > 0.0)
+        target = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, ids, probs > 0.0, BITS)
         left = tl.maximum(target * joint - tl.where(is_law, probs, 0.0), 0.0)
         weights = tl.div_rn(left, exponential(key, ids))
-        leading = tl.max(weights, axis=0)
-        best = tl.min(tl.where(weights == leading, ids, size), axis=0)
+        narrow = tl.max(weights, axis=0)
+        best = tl.min(tl.where(weights == narrow, ids, size), axis=0)
+        lane = tl.arange(0, BLOCK)
+        leading = tl.zeros((BLOCK,), tl.float32)
+        wheres = lane
         for start in range(0, size, BLOCK):
-            chunk = start + tl.arange(0, BLOCK)
+            chunk = start + lane
             inside = chunk < size
             words = tl.load(marks + r * marks_row + chunk // 32, mask=inside, other=0)
-            chunk_probs = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, chunk, inside)
+            chunk_probs = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, chunk, inside, BITS)
             chunk_weights = tl.div_rn(chunk_probs * joint, exponential(key, chunk))
-            chunk_weights = tl.where(inside & (((words >> (chunk % 32)) & 1) == 0), chunk_weights, 0.0)
-            high, where = tl.max(chunk_weights, axis=0, return_indices=True)
-            found = start + where
-            best = tl.where((high > leading) | ((high == leading) & (found < best)), found, best)
-            leading = tl.maximum(leading, high)
-        if leading > 0.0:
+            chunk_weights = tl.where(((words >> (chunk % 32)) & 1) == 0, chunk_weights, 0.0)
+            wheres = tl.where(chunk_weights > leading, chunk, wheres)
+            leading = tl.maximum(leading, chunk_weights)
+        wide = tl.max(leading, axis=0)
+        found = winner(leading, wheres, size)
+        best = tl.where((wide > narrow) | ((wide == narrow) & (found < best)), found, best)
+        if tl.maximum(wide, narrow) > 0.0:
             tl.store(out + r * (LENGTH + 1) + accepted, best.to(tl.int64))

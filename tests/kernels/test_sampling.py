@@ -81,6 +81,18 @@ def test_greedy_rows_take_the_first_of_the_largest() -> None:
     assert sampling.sample(logits, rows).tolist() == [0, 17, 4999]
 
 
+def test_rows_that_nobody_asked_for_are_left_alone() -> None:
+    """``top_k`` below 0: nothing is said of the row, and the others are as without it."""
+    logits = 3 * random(len(ASKED), 300, seed=9)
+    rows = make_rows(ASKED)
+    alone = sampling.settle(logits, rows)
+    logits[2], rows.top_k[2] = torch.nan, -1
+    found = sampling.settle(logits, rows)
+    others = torch.arange(len(ASKED), device=DEVICE) != 2
+    assert torch.equal(found.tokens[others], alone.tokens[others])
+    assert torch.equal(found.leasts[others], alone.leasts[others])
+
+
 def test_rows_of_a_wider_table_and_no_rows() -> None:
     wide = torch.full((len(ASKED), 200), torch.nan, device=DEVICE)
     wide[:, 40:140] = 3 * random(len(ASKED), 100, seed=8)

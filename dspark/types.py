@@ -399,15 +399,17 @@ class DraftsAhead(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Continuations:
-    """R greedy rows of a step that is under way: ``num_drafts`` [R] were verified behind ``base_lens`` [R] known tokens.
+    """R rows of a step that is under way: ``num_drafts`` [R] were verified behind ``base_lens`` [R] known tokens.
 
-    ``first_rows`` [R]: where the step leaves the target's best token after the anchor; those after each draft follow. All int64.
+    ``first_rows`` [R]: where the step leaves the target's own token after the anchor; those after each draft follow. All int64.
+    ``asked``: what the requests ask of sampling, joined (``dspark/asked.py``); None: all are greedy.
     """
 
     request_ids: Sequence[str]
     base_lens: Any
     num_drafts: Any
     first_rows: Any
+    asked: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +424,15 @@ class DeviceDrafts:
     tokens: Any
     places: Any
     slots: Any
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLaws:
+    """Where a drafter on the device leaves drafts that are sampled: ``tokens`` [R, γ] from ``ids``, ``probs`` [R, γ, W]."""
+
+    tokens: Any
+    ids: Any
+    probs: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,16 @@ def note_best(best, ids, wanted, own, matched, num_wanted, num_tokens, BLOCK: tl
 
 
 @triton.jit
+def note_chains(tokens, accepted, first_rows, counts, own, matched, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = (place < LENGTH) & (place <= tl.load(counts + r))
+    row = tl.load(first_rows + r).to(tl.int64) + place
+    tl.store(own + row, tl.load(tokens + r * LENGTH + place, mask=inside, other=0), mask=inside)
+    tl.store(matched + row, place < tl.load(accepted + r), mask=inside)
+
+
+@triton.jit
 def gate(gate_up, out, size, gate_up_row, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -53,9 +53,9 @@ class Room:
 
 
 # "nouns" are the values of dspark/ that every room speaks; "face" is the rest of dspark/ (LLM, cli, prompting).
-NOUNS = names("dspark.types dspark.drafting dspark.kv_blocks dspark.sampling dspark.errors dspark.config dspark.config_file") | names(
-    "dspark.SamplingParams dspark.AcceptanceRule dspark.__version__"
-)
+NOUNS = names(
+    "dspark.types dspark.drafting dspark.kv_blocks dspark.sampling dspark.asked dspark.errors dspark.config dspark.config_file"
+) | names("dspark.SamplingParams dspark.AcceptanceRule dspark.__version__")
 MODEL_LIBRARIES = names("torch transformers numpy safetensors tqdm")
 EVERY_ROOM = names("nouns face kernels router blocks verifier drafter wire workers deploy cluster training bench")
 ROOMS = {

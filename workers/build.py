@@ -160,7 +160,7 @@ def assemble(
     engine.runner.prepare(progress)
     if isinstance(drafter, GraphDrafter) and options.graphs is not None:
         try:
-            drafter.prepare(options.graphs.capture, engine.runner.step_tokens)
+            drafter.prepare(options.graphs.capture, engine.runner.step_tokens, engine.runner.draft_laws)
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"too little memory is left on {target.device} for the drafter's graphs: lower kv_tokens") from error
     _check_drafter(engine, tokenizer, drafter_name, progress)
@@ -203,6 +203,7 @@ def _graphs(config: EngineConfig, target: Target, options: EngineOptions, drafte
         longest=1 + drafter.block_size,
         with_trees=drafter.block_size > 0,
         with_matches=isinstance(drafter, GraphDrafter),
+        law_width=drafter.law_width if isinstance(drafter, GraphDrafter) else 1,
     )
 
 

@@ -74,7 +74,7 @@ def test_a_grafted_drafter_in_graphs_changes_no_text(speculation: str) -> None:
     capture = CudaGraphs(pytest.fail)
     graphs = GraphOptions(capture, max_tokens=64, max_rows=32, max_model_len=256, longest=5, with_matches=True)
     engine = make_engine(target, drafter, pool, graphs=graphs, overlapped=True, speculation=speculation)
-    drafter.prepare(capture, engine.runner.step_tokens)
+    drafter.prepare(capture, engine.runner.step_tokens, engine.runner.draft_laws)
     assert {request: result.tokens for request, result in run(engine, requests).items()} == wanted
     assert engine.ahead.launched > 10
     assert engine.counters.drafted > 0

@@ -58,6 +58,8 @@ def main() -> None:
         draft_rows.launch_place(draft_rows.StepRows(*fields), (starts[0], starts[1], starts[2], starts[3]), 2, 8)
         rotary.launch_cos_sin(fields[0], torch.ones(8), 1.0, dtype)
         step_end.launch(fields[0], fields[0], fields[0], fields[1], torch.zeros(16, dtype=torch.bool))
+        accepted = torch.zeros(2, dtype=torch.int32)
+        step_end.launch_chains(starts[1], accepted, accepted, accepted, fields[0], torch.zeros(16, dtype=torch.bool))
         logits, rows = maker.normal(0, 2, 64), sampling_rows(maker, 2, (1.0, 5, 0.9))
         sampling.write_laws(logits, rows, sampling.settle(logits, rows))
     print(" ".join(sorted(compiled)))

@@ -19,6 +19,7 @@ from dspark.types import (
     DeviceDrafts,
     DraftedChains,
     Drafter,
+    DraftLaw,
     DraftTree,
     Finish,
     Request,
@@ -138,12 +139,20 @@ class Spy:
             rows = zip(
                 names, chains.positions.tolist(), chains.tokens.tolist(), chains.confidence.tolist(), chains.margin.tolist(), strict=True
             )
-            for name, position, tokens, confidence, margin in rows:
+            for row, (name, position, tokens, confidence, margin) in enumerate(rows):
                 if name in engine.sequences and engine.sequences[name].num_known == position + 1:
-                    self.trees[name, position + 1] = DraftTree.chain(name, position + 1, tokens, confidence, None, margin)
+                    law = None if engine.sequences[name].request.sampling.is_exact else _law_left(engine, row)
+                    self.trees[name, position + 1] = DraftTree.chain(name, position + 1, tokens, confidence, law, margin)
             return chains
 
         drafter.continue_step, drafter.continued = continue_step, continued  # type: ignore[method-assign]
+
+
+def _law_left(engine: Engine, row: int) -> DraftLaw:
+    """The law that the drafter has left on the device."""
+    laws = engine.runner.draft_laws
+    assert laws is not None
+    return DraftLaw(laws.ids[row].clone(), laws.probs[row].clone())
 
 
 def assert_same_drafts(expected: Spy, actual: Spy, name: str) -> None:

@@ -11,6 +11,7 @@ from helpers.kernel_checks import DEVICE, random
 from helpers.triton_interpreter import mend_interpreter
 from torch import Tensor
 
+from dspark import asked
 from dspark.kernels import chain_judge, sampling
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftLaw, DraftTree
@@ -155,6 +156,10 @@ def test_laws_that_are_one_leave_no_residual() -> None:
         wanted = chain_judge.reference(logits, rows, chains)
         assert torch.equal(found[0], wanted[0])
         assert 0 <= int(found[0][0, int(found[1])]) < 5
+
+
+def test_rules_have_the_same_numbers_everywhere() -> None:
+    assert (asked.GREEDY, asked.COUPLED, asked.RATIO) == (chain_judge.GREEDY, chain_judge.COUPLED, chain_judge.RATIO)
 
 
 def test_no_requests() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 KERNELS = (
     "accept angles attend begin best_of_groups copy_blocks draw_block draw_residual gate gather_taps multiply multiply_at_once"
-    " normalise note_best pack place rotate rotate_store settle store_kv write_laws"
+    " normalise note_best note_chains pack place rotate rotate_store settle store_kv write_laws"
 )
 ROOT = Path(__file__).resolve().parents[2]
 

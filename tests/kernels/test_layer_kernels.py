@@ -74,6 +74,21 @@ def test_best_tokens_are_kept_and_compared_with_the_tokens_behind() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_judged_chains_are_left_row_by_row() -> None:
+    """Rows of no request and those behind a request's own keep what was there."""
+    tokens = torch.tensor([[5, 6, -1], [7, -1, -1], [8, -1, -1], [1, 2, 3]], device=DEVICE)
+    accepted, counts = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([1, 0, 0, 2], [2, 1, 0, -1]))
+    first_rows = torch.tensor([0, 3, 6, 0], dtype=torch.int32, device=DEVICE)
+    own, matched = torch.full((9,), 99, device=DEVICE), torch.ones(9, dtype=torch.bool, device=DEVICE)
+    others = own.clone(), matched.clone()
+    step_end.launch_chains(tokens, accepted, first_rows, counts, own, matched)
+    step_end.note_chains(tokens.cpu(), accepted.cpu(), first_rows.cpu(), counts.cpu(), *(cpu := [part.cpu() for part in others]))
+    assert own.tolist() == [5, 6, -1, 7, -1, 99, 8, 99, 99]
+    assert matched.tolist() == [True, False, False, False, False, True, False, True, True]
+    assert own.tolist() == cpu[0].tolist()
+    assert matched.tolist() == cpu[1].tolist()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 96), (4, 1536), (3, 2050)])
 def test_swiglu(dtype: torch.dtype, rows: int, size: int) -> None:

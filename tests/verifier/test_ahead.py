@@ -170,7 +170,39 @@ def test_a_full_pool_ends_it(target: Target) -> None:
     assert engine.ahead.launched
 
 
-@pytest.mark.parametrize("params", [{"temperature": 0.8, "seed": 1}, {"presence_penalty": 0.5}, {"logprobs": 1}, {"min_tokens": 15}])
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 0.8},
+    {"temperature": 1.0, "seed": 1, "top_k": 20},
+    {"temperature": 1.2, "top_p": 0.8, "acceptance": "coupled"},
+    {"temperature": 0.7, "min_p": 0.05, "top_p": 0.9},
+    {"temperature": 0.0},
+    {"temperature": 1.0, "top_k": 50, "min_tokens": 6, "ignore_eos": False},
+]
+
+
+def test_sampled_requests_are_drawn_on_the_device(target: Target) -> None:
+    """All kinds at once, with ends one after the other and short prompts that join; noise is keyed, so the text is the host's."""
+    mixed = [
+        Request(f"{name}-{i}", tuple(prompt), SamplingParams(**({"max_tokens": 9 + 4 * i, "ignore_eos": True} | params)), noise_seed=50 + i)
+        for i, params in enumerate(SAMPLED)
+        for name, prompt in PROMPTS.items()
+    ]
+    engine = ahead(target, max_num_seqs=9)
+    planned = _count_plans(engine)
+    assert same(run(engine, mixed), run(make_engine(target), mixed))
+    assert engine.ahead.launched > 2 * len(planned)
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def _count_plans(engine: Engine) -> list[VerifyPlan]:
+    plans: list[VerifyPlan] = []
+    engine.on_step = lambda plan, times: plans.append(plan)
+    return plans
+
+
+@pytest.mark.parametrize(
+    "params", [{"presence_penalty": 0.5}, {"logprobs": 1}, {"min_tokens": 15}, {"temperature": 0.8, "seed": 1, "logprobs": 0}]
+)
 def test_what_needs_the_host_is_not_run_ahead(target: Target, params: dict[str, Any]) -> None:
     wanted = run(make_engine(target), requests(**params))
     engine = ahead(target)

@@ -11,7 +11,9 @@ A block that continues a step of the target takes its anchor and position from w
 
     first_rows, drafted  [R] int64   the step's row after the known tokens, and how many drafts were verified behind it
     positions            [R] int64   known tokens before the step: where its own token sits if no draft stands; 0 for padding
-    own, matched         [N]         best token of every row of the step; whether the token behind a row is its best one
+    own, matched         [N]         the target's token of every row of the step; whether the token behind a row is that one
+
+Where some of the requests are sampled it leaves their drafts and laws for the judge of the next step.
 
 A block's keys and values go behind its context, to positions that have no target KV yet: the rest of the request's last block, which
 nobody shares, and then blocks of the drafter's own. The target's next step writes the true context over them.
@@ -28,13 +30,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dspark.asked import COUPLED, records_in
 from dspark.kernels.buckets import graph_sizes
 from dspark.kernels.draft_rows import BlockStart, Paging, StepEnd, begin, begin_after, pack
 from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.kv_store import Projected, rotate_and_store, store_kv
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
-from dspark.types import Continuations, DeviceDrafts, DraftedChains
+from dspark.types import Continuations, DeviceDrafts, DeviceLaws, DraftedChains
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.module_config import LayerMask
@@ -44,7 +47,7 @@ HOST_COPIES = 3
 HEAD_TOP_K = 512  # base logits that the sequential head works on, in one launch for the whole block
 INT64_FIELDS = ("anchors", "positions", "seeds", "base_lens", "first_rows", "drafted")
 GREEDY_WIDTH = 1  # greedy drafts ship no law: one candidate is enough
-CONTINUING = 0  # the key of such graphs beside the widths of laws
+CONTINUING, CONTINUING_SAMPLED = 0, -1  # the keys of such graphs beside the widths of laws
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,11 @@ class DraftGraphs:
         self._replays: dict[tuple[int, int], Callable[[], GraphDraft]] = {}
 
     @torch.inference_mode()
-    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor] | None) -> None:
-        """Capture all sizes, the largest first. ``step_tokens``: where steps of a target leave ``own`` and ``matched``, if it is here."""
+    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor] | None, laws: DeviceLaws | None = None) -> None:
+        """Capture all sizes, the largest first. ``step_tokens``: where steps of a target leave ``own`` and ``matched``, if it is here.
+
+        ``laws``: where its judge looks for drafts that are sampled.
+        """
         empty = np.empty(0, dtype=np.int64)
         with nothing_collected():
             for size in self._sizes[::-1]:
@@ -136,7 +142,9 @@ class DraftGraphs:
                 for width in self._widths:
                     self._replays[size, width] = capture(self._program(size, width))
                 if step_tokens is not None:
-                    self._replays[size, CONTINUING] = capture(self._continuing(size, *step_tokens))
+                    self._replays[size, CONTINUING] = capture(self._continuing(size, *step_tokens, None))
+                if step_tokens is not None and laws is not None:
+                    self._replays[size, CONTINUING_SAMPLED] = capture(self._continuing(size, *step_tokens, laws))
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[DraftRow]) -> tuple[GraphDraft, Outcome]:
@@ -159,14 +167,28 @@ class DraftGraphs:
 
     @torch.inference_mode()
     def continue_step(self, rows: Continuations, tables: Sequence[Sequence[int]]) -> tuple[GraphDraft, Outcome]:
-        """Draft greedily behind the step that was launched last, before anybody knows what it accepted.
+        """Draft behind the step that was launched last, before anybody knows what it accepted.
 
         ``tables`` cover all positions that the step may commit.
         """
         size = self._size(len(tables))
         held = np.fromiter(map(len, tables), np.int64, len(tables))
-        self._send(size, tables, held, rows.base_lens, first_rows=rows.first_rows, drafted=rows.num_drafts)
-        return self._replay(size, CONTINUING)
+        if rows.asked is None:
+            self._send(size, tables, held, rows.base_lens, first_rows=rows.first_rows, drafted=rows.num_drafts)
+            return self._replay(size, CONTINUING)
+        asked = records_in(rows.asked)
+        self._send(
+            size,
+            tables,
+            held,
+            rows.base_lens,
+            first_rows=rows.first_rows,
+            drafted=rows.num_drafts,
+            seeds=asked["seed"].copy(),
+            temperatures=asked["temperature"].copy(),
+            coupled=(asked["rule"] == COUPLED).astype(np.int32),
+        )
+        return self._replay(size, CONTINUING_SAMPLED)
 
     def _size(self, num_rows: int) -> int:
         return next(size for size in self._sizes if size >= num_rows)
@@ -195,15 +217,22 @@ class DraftGraphs:
 
         return run
 
-    def _continuing(self, size: int, own: Tensor, matched: Tensor) -> Callable[[], GraphDraft]:
-        """Draft greedily from anchors that the last step of the target left."""
+    def _continuing(self, size: int, own: Tensor, matched: Tensor, laws: DeviceLaws | None) -> Callable[[], GraphDraft]:
+        """Draft from anchors that the last step of the target left: greedily, or by ``laws``, which are left there with the drafts."""
         fields, paging = self._fields(size)
         zeros = torch.zeros(size, dtype=torch.int64, device=self._pools.device)
-        rows = DrawRows(zeros.float(), zeros, zeros, zeros != 0)
+        greedy = DrawRows(zeros.float(), zeros, zeros, zeros != 0)
+        temperatures, seeds, coupled = fields["temperatures"].view(torch.float32), fields["seeds"], fields["coupled"]
         step = StepEnd(own, matched, fields["first_rows"], fields["drafted"], self._module.config.block_size)
 
         def run() -> GraphDraft:
-            return self._draft(GREEDY_WIDTH, rows, begin_after(step, fields["positions"], paging), paging)
+            start = begin_after(step, fields["positions"], paging)
+            if laws is None:
+                return self._draft(GREEDY_WIDTH, greedy, start, paging)
+            found = self._draft(self._widths[-1], DrawRows(temperatures, seeds, start.positions + 1, coupled != 0), start, paging)
+            for kept, value in ((laws.tokens, found.draft.tokens), (laws.ids, found.draft.ids), (laws.probs, found.draft.probs)):
+                kept[:size].copy_(value)
+            return found
 
         return run
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dspark.kernels.graphs import Capture
 from dspark.kernels.kv_store import store_kv
 from dspark.sampling import AcceptanceRule
-from dspark.types import BlockTables, Continuations, DeviceDrafts, DraftedChains, DraftLaw, DraftTree, DraftTurn, SignalRows
+from dspark.types import BlockTables, Continuations, DeviceDrafts, DeviceLaws, DraftedChains, DraftLaw, DraftTree, DraftTurn, SignalRows
 from dspark.workers.drafter.draft_graphs import (
     GREEDY_WIDTH,
     DraftGraphs,
@@ -71,14 +71,18 @@ class GraphDrafter(LocalDrafter):
         self.feed = ContextFeed(module, self.pools)
         width = min(law_width, module.config.draft_vocab_size)
         blocks = -(-max_model_len // tables.block_size)
+        self.law_width = width
         self._graphs = DraftGraphs(module, self.pools, tables.num_blocks, max_rows, blocks, (GREEDY_WIDTH, width))
         self._launched: list[_Launched] = []
         self._continued: set[str] = set()  # requests whose next block was launched behind the step that is under way
         self._ready: dict[str, DraftTree] = {}
 
-    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor]) -> None:
-        """Capture the graphs. ``step_tokens``: the best tokens that a step of the target leaves, and which drafts equal them."""
-        self._graphs.prepare(capture, step_tokens)
+    def prepare(self, capture: Capture, step_tokens: tuple[Tensor, Tensor], laws: DeviceLaws | None) -> None:
+        """Capture the graphs. ``step_tokens``: the target's tokens that a step of it leaves, and which drafts equal them.
+
+        ``laws``: where to leave drafts that are sampled; the width of its laws must be ``law_width`` of this drafter.
+        """
+        self._graphs.prepare(capture, step_tokens, laws)
 
     def continue_step(self, rows: Continuations) -> DeviceDrafts:
         """Launch the next blocks right behind the step, whose verdict they take from the device."""

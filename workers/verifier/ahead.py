@@ -4,9 +4,9 @@ The tokens are on the device, where the next step takes them from (``step_buffer
 request goes one position further. So the device computes step t + 1 while the host commits step t. A request that step t ended takes
 part in step t + 1 for nothing; its token is dropped, and what it wrote lies in blocks that later steps write before they read.
 
-That holds while nothing but plain decoding happens: all running requests take the target's best token and draft nothing, and so will
-those who are let in (``gate.py``), whose prompts are rows of such a step. Anything else ends it: the step under way lands, and the next
-one is planned as ever (``flights.py``).
+That holds while nothing but plain decoding happens: all running requests take the target's own token, the best one or one that the
+device draws (``device_judge.py``), and draft nothing, and so will those who are let in (``gate.py``), whose prompts are rows of such a
+step. Anything else ends it: the step under way lands, and the next one is planned as ever (``flights.py``).
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class DraftedFlight:
     num_drafts: int
     best: BestTokens
     coming: list[Sequence]
+    is_sampled: bool  # behind what stands and the target's token the step leaves -1
 
 
 class RunAhead:
@@ -81,7 +82,8 @@ class RunAhead:
             return None
         rows = [sequences[row.request_id] for row in plan.rows]
         if len(rows) != len(self._scheduler.running) or not all(
-            row.samples and not row.num_draft and is_simple(sequence) for row, sequence in zip(plan.rows, rows, strict=True)
+            row.samples and not row.num_draft and is_simple(sequence) and sequence.takes_best
+            for row, sequence in zip(plan.rows, rows, strict=True)
         ):
             return None
         positions = np.fromiter((sequence.num_known for sequence in rows), np.int64, len(rows))
@@ -153,9 +155,11 @@ class RunAhead:
     def launch_drafts(self, sequences: list[Sequence], drafts: DeviceDrafts, num_drafts: int, coming: list[Sequence]) -> DraftedFlight:
         """Launch that step, with drafts on the device for each of the sequences."""
         self.launched += 1
-        step = HostStep.of_drafts([self._pool.table(sequence.request.id) for sequence in sequences], num_drafts + 1)
+        asked = asked_of([*sequences, *coming])
+        step = HostStep.of_drafts([self._pool.table(sequence.request.id) for sequence in sequences], num_drafts + 1, asked)
         step = self._joined(step, coming) if coming else step
-        return DraftedFlight(sequences, num_drafts, self._runner.launch_drafts(step, drafts, len(sequences), num_drafts), coming)
+        best = self._runner.launch_drafts(step, drafts, len(sequences), num_drafts)
+        return DraftedFlight(sequences, num_drafts, best, coming, asked is not None)
 
     def _is_alone(self, sequences: list[Sequence]) -> bool:
         """Whether these are all that runs."""
@@ -205,8 +209,8 @@ class RunAhead:
         for sequence, position in zip(rows, positions.tolist(), strict=True):
             sequence.num_reserved = position + 1
         tables = [self._pool.table(sequence.request.id) for sequence in rows]
-        count = len(rows)
-        step = HostStep((), positions, slots, np.arange(count), np.ones(count, dtype=np.int64), positions + 1, tables, source)
+        count, asked = len(rows), asked_of([*rows, *coming])
+        step = HostStep((), positions, slots, np.arange(count), np.ones(count, dtype=np.int64), positions + 1, tables, source, asked=asked)
         self.launched += 1
         if not coming:
             return Flight(rows, positions, slots, self._runner.launch(step))
@@ -238,9 +242,15 @@ class RunAhead:
             contexts=np.concatenate([step.contexts, [sequence.num_known for sequence in coming]]),
             tables=[*step.tables, *tables],
             source=None if step.source is None else np.concatenate([step.source, np.full(len(ids), -1)]),
+            asked=step.asked,
         )
 
 
 def is_simple(sequence: Sequence) -> bool:
     """Whether its next step can be plain whatever this one brings."""
-    return sequence.takes_best and sequence.request.latency_budget.tpot_ms is None
+    return sequence.takes_own and sequence.request.latency_budget.tpot_ms is None
+
+
+def asked_of(sequences: list[Sequence]) -> bytes | None:
+    """What they ask of sampling, in order; None where all are greedy."""
+    return b"".join([s.asked for s in sequences]) if any(s.is_sampled for s in sequences) else None

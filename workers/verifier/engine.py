@@ -249,7 +249,7 @@ class Engine:
         else:
             self._learn(record)
         outcomes, advances, ended = self._commit(plan, result, verdicts, times.judged_s)
-        resumes = is_for_new or (record.num_prefill > 0 and not self.flights.under_way and self.flights.can_resume())
+        resumes = is_for_new or (not self.flights.under_way and self.flights.can_resume(behind_prompts=record.num_prefill > 0))
         if not self.flights.is_plain:
             self._propose(advances, ended, result.taps, depth, may_draft=not resumes)
         self.landed_s = times.judged_s

@@ -1,8 +1,8 @@
 """What becomes of steps that were launched before their turn: they land, and the next one is kept under way.
 
-A plain step takes its tokens from the step before it. A drafted one verifies chains of greedy requests that the drafter began behind
-that step, on the device. In both the host commits step t while the device computes step t + 1, and whatever is alike for all requests is
-done once a step, on arrays: at hundreds of streams that, and not the device, decides how fast a round is.
+A plain step takes its tokens from the step before it. A drafted one verifies chains that the drafter began behind that step, on the
+device, and is judged there, too. In both the host commits step t while the device computes step t + 1, and whatever is alike for all
+requests is done once a step, on arrays: at hundreds of streams that, and not the device, decides how fast a round is.
 
 From plain steps to drafted ones and back it goes without a planned step in between, so that a look at what drafts would bring costs
 little. Requests that are let in and go on as those that run do are computed beside such a step if a graph has room for their prompts;
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from dspark.types import Continuations, ContinuesSteps, DraftedChains, DraftsAhead, Mode, Speculation, StepOutcome, VerifyPlan
-from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints, is_simple
+from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints, asked_of, is_simple
 from dspark.workers.verifier.runner import StepResult
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.verdict import Verdict
@@ -51,7 +51,13 @@ class Flights:
         return self._plain is not None
 
     def begin(self, plan: VerifyPlan, result: StepResult, has_drafts: bool) -> int | None:
-        """Launch the step after a planned one that runs, where it can be known; how deep to draft for it (None: too early to say)."""
+        """Launch the step after a planned one that runs, where it can be known; how deep to draft for it (None: too early to say).
+
+        A planned step leaves the best tokens on the device: requests that are sampled fly on when the host has judged it.
+        """
+        sequences = [self._engine.sequences[row.request_id] for row in plan.rows]
+        if any(sequence.is_sampled for sequence in sequences) and self._go_on_alike(sequences):
+            return None
         depth = self._depth_behind(plan)
         if depth == 0:
             self._plain = self._engine.ahead.after_step(plan, result, self._engine.sequences)
@@ -66,10 +72,12 @@ class Flights:
         assert self._drafted is not None
         return self._land_drafted(self._drafted)
 
-    def can_resume(self) -> bool:
-        """Whether all that run go on alike from tokens that the host knows."""
+    def can_resume(self, behind_prompts: bool = True) -> bool:
+        """Whether all that run go on alike from tokens that the host knows: behind a step with prompts, or where some are sampled."""
         running = self._engine.scheduler.running
-        return self._engine.ahead.can_run and bool(running) and all(s.num_pending == 1 for s in running) and self._go_on_alike(running)
+        if not self._engine.ahead.can_run or not (behind_prompts or any(s.is_sampled for s in running)):
+            return False
+        return bool(running) and all(s.num_pending == 1 for s in running) and self._go_on_alike(running)
 
     def resume(self) -> None:
         """Launch a step of all that run from what the host knows, if they go on alike; nothing may be under way."""
@@ -92,9 +100,8 @@ class Flights:
         for sequence in sequences:
             sequence.num_taught = len(sequence.tokens)
         nothing = np.zeros(len(sequences), np.int64)
-        self._drafted = self._launch(
-            sequences, Continuations(names, np.array(known) - 1, nothing, np.arange(len(sequences))), depth, asks_gate=False
-        )
+        rows = Continuations(names, np.array(known) - 1, nothing, np.arange(len(sequences)), asked_of(sequences))
+        self._drafted = self._launch(sequences, rows, depth, asks_gate=False)
 
     def drop(self) -> None:
         """Forget the step under way: nobody is left whom it is for."""
@@ -224,7 +231,8 @@ class Flights:
         if depth:
             drafted = np.array([num_drafts] * len(alive) + [0] * len(joined), np.int64)
             first_rows = np.array([i * (num_drafts + 1) for i in alive] + [behind + i for i in joined], np.int64)
-            rows = Continuations([sequence.request.id for sequence in everybody], bases, drafted, first_rows)
+            names = [sequence.request.id for sequence in everybody]
+            rows = Continuations(names, bases, drafted, first_rows, asked_of(everybody))
             self._drafted = self._launch(everybody, rows, depth)
         found = flight.best.numbers()
         own = found[:behind].reshape(-1, num_drafts + 1)
@@ -235,7 +243,7 @@ class Flights:
         known = np.fromiter((sequence.tokens[-1] for sequence in sequences), np.int64, len(sequences))
         if not (np.array_equal(chains.positions, bases[: len(alive)] - 1) and np.array_equal(chains.anchors, known)):
             raise RuntimeError("a step was verified behind other tokens than those that the host knows")
-        accepted = _num_accepted(own, chains, num_drafts)
+        accepted = (own >= 0).sum(axis=1) - 1 if flight.is_sampled else _num_accepted(own, chains, num_drafts)
         if flight.coming:
             engine.landed_s = 0.0  # it took longer than a round does
         outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s)
@@ -268,7 +276,7 @@ class Flights:
         return bool(coming) and self._go_on_alike([*scheduler.running, *coming])
 
     def _go_on_alike(self, sequences: list[Sequence]) -> bool:
-        """Whether all of them take the target's best tokens and draft in the same way: as steps do that were launched before their turn."""
+        """Whether all of them take the target's own tokens and draft in the same way: as steps do that were launched before their turn."""
         drafter, first = self._engine.drafter, sequences[0].speculation
         if isinstance(drafter, DraftsAhead) or not all(map(is_simple, sequences)) or not _are_alike(sequences):
             return False

@@ -25,10 +25,9 @@ from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.attention import RaggedStep
 from dspark.workers.verifier.forward import Feed, Forward, StepInput, StepOutput
 from dspark.workers.verifier.fused import join_products
-from dspark.workers.verifier.step_buffers import HostStep, StepBuffers
+from dspark.workers.verifier.step_buffers import NOTHING, HostStep, StepBuffers
 from dspark.workers.verifier.targets import Target
 
-NOTHING = HostStep((), (), (), (), (), (), ())
 SHOW_EVERY_S = 2.0
 TIMED_REPLAYS = 20
 
@@ -142,6 +141,10 @@ class GraphForward(Forward):
         self.buffers.fill(size, num_rows, step)
         self.buffers.overwrite(size, num_rows, drafts, num_drafting, row_tokens)
         self._replays[size, num_rows]()
+
+    def logits(self) -> Tensor:
+        """[N, V]: where every graph leaves its logits."""
+        return self._outputs["logits"]
 
     @torch.inference_mode()
     def own_tokens(self, count: int) -> OwnTokens:

@@ -7,14 +7,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.buckets import graph_sizes, padded_size
 from dspark.kernels.graphs import Capture
 from dspark.kernels.paged_attention import AttentionRow
-from dspark.types import DeviceDrafts, PlanRow, VerifyPlan
+from dspark.types import DeviceDrafts, DeviceLaws, PlanRow, VerifyPlan
 from dspark.workers.blocks import BlockPool
+from dspark.workers.verifier.device_judge import DeviceJudge
 from dspark.workers.verifier.forward import BestTokens, Feed, Forward, StepInput
 from dspark.workers.verifier.graphs import GraphForward, GraphSizes, fitting
 from dspark.workers.verifier.sequence import Sequence
@@ -41,7 +43,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class GraphOptions:
-    """That steps up to ``max_tokens`` run from graphs. ``longest``: tokens of a row that verifies a whole draft."""
+    """That steps up to ``max_tokens`` run from graphs. ``longest``: tokens of a row that verifies a whole draft.
+
+    ``law_width``: ids of the laws that a drafter on the device leaves.
+    """
 
     capture: Capture
     max_tokens: int
@@ -50,6 +55,7 @@ class GraphOptions:
     longest: int = 1
     with_trees: bool = False
     with_matches: bool = False
+    law_width: int = 1
 
     def sizes(self, block_size: int) -> GraphSizes:
         blocks = self.max_rows * -(-self.max_model_len // block_size)
@@ -66,12 +72,17 @@ class Runner:
         self.pool = pool
         self.taps = taps
         self._graphs: GraphForward | None = None
+        self._judge: DeviceJudge | None = None
+        self.draft_laws: DeviceLaws | None = None
         sizes: GraphSizes | None = None
         if graphs is None:
             self._model = Forward(target, pool.num_blocks, pool.block_size, taps, feed)
         else:
             sizes = graphs.sizes(pool.block_size)
             self._model = self._graphs = GraphForward(target, pool, taps, feed, sizes, graphs.capture)
+            if target.ranks is None:
+                self.draft_laws = _no_laws(graphs, target.device)
+                self._judge = DeviceJudge(self._graphs.buffers, graphs.max_rows, self.draft_laws, target.device, graphs.capture)
         self._sizes = () if sizes is None else sizes.tokens
         if target.ranks is not None:
             target.ranks.start(sizes)
@@ -81,6 +92,8 @@ class Runner:
         """Capture the graphs, if there are to be any."""
         if self._graphs is not None:
             self._graphs.prepare(progress)
+            if self._judge is not None:
+                self._judge.prepare(self._sizes, self._graphs.logits)
 
     def padded(self, num_tokens: int) -> int:
         """The size that a step of so many tokens is padded to."""
@@ -107,14 +120,24 @@ class Runner:
     def launch(self, step: HostStep) -> BestTokens:
         """Launch a step from the graphs, and wait for nothing; it may take its tokens from the step before."""
         assert self._graphs is not None
-        self._graphs.replay(self.padded(len(step.positions)), step)
+        size = self.padded(len(step.positions))
+        self._graphs.replay(size, step)
+        self._judge_launched(size, step, 0, 1)
         return self._graphs.own_tokens(len(step.wanted))
 
     def launch_drafts(self, step: HostStep, drafts: DeviceDrafts, num_drafting: int, num_drafts: int) -> BestTokens:
         """``launch`` where the first ``num_drafting`` rows verify ``num_drafts`` drafts each, all of which are on the device."""
         assert self._graphs is not None
-        self._graphs.replay_drafts(self.padded(len(step.positions)), step, drafts, num_drafting, num_drafts + 1)
+        size = self.padded(len(step.positions))
+        self._graphs.replay_drafts(size, step, drafts, num_drafting, num_drafts + 1)
+        self._judge_launched(size, step, num_drafting, num_drafts + 1)
         return self._graphs.own_tokens(len(step.wanted))
+
+    def _judge_launched(self, size: int, step: HostStep, num_drafting: int, row_tokens: int) -> None:
+        """Leave the tokens of requests that are sampled in place of the best ones."""
+        if step.asked is not None:
+            assert self._judge is not None
+            self._judge.run(size, step.asked, num_drafting, row_tokens)
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""
@@ -177,6 +200,13 @@ class Runner:
     def _slots(self, table: object, begin: int, end: int) -> list[int]:
         size = self.pool.block_size
         return [table[p // size] * size + p % size for p in range(begin, end)]  # type: ignore[index]
+
+
+def _no_laws(graphs: GraphOptions, device: torch.device) -> DeviceLaws:
+    """Room for the drafts of all rows and their laws."""
+    shape = (graphs.max_rows, max(1, graphs.longest - 1), graphs.law_width)
+    tokens, ids = (torch.zeros(part, dtype=torch.int64, device=device) for part in (shape[:2], shape))
+    return DeviceLaws(tokens, ids, torch.zeros(shape, dtype=torch.float32, device=device))
 
 
 def _num_scored(row: PlanRow, sequence: Sequence) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from dspark.asked import record_of
 from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
 from dspark.workers.blocks import extend_hashes
@@ -46,7 +47,9 @@ class Sequence:
     stop_ids: tuple[int, ...] = ()  # tokens that end it
     stop_set: frozenset[int] = frozenset()  # the same
     rule: AcceptanceRule = AcceptanceRule.RATIO
-    is_plain: bool = False  # greedy, without anything that edits logits or asks for their values (``min_tokens`` apart)
+    is_plain: bool = False  # nothing edits its logits (``min_tokens`` apart) or asks for their values
+    is_sampled: bool = False
+    asked: bytes = b""  # what it asks of sampling, for the device
     left_out: int = 0  # steps in a row that it sat out for others' budgets
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _hashes: list[bytes] = field(default_factory=list)
@@ -66,9 +69,14 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def takes_best(self) -> bool:
-        """Whether its next token is simply the best of the target's logits: greedy, nothing edited, nothing scored."""
+    def takes_own(self) -> bool:
+        """Whether its next token follows from the target's logits as they are: nothing edited, nothing scored."""
         return self.is_plain and self.request.sampling.min_tokens <= len(self._output)
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether its next token is simply the best of the target's logits."""
+        return self.takes_own and not self.is_sampled
 
     @property
     def output(self) -> list[int]:
@@ -130,9 +138,18 @@ class Sequence:
         tokens = list(request.prompt_token_ids)
         sampling = request.sampling
         return Sequence(
-            request, speculation, limit, tokens, prompt, is_plain=_is_plain(sampling), rule=sampling.rule, _output=tokens[prompt:]
+            request,
+            speculation,
+            limit,
+            tokens,
+            prompt,
+            is_plain=_is_plain(sampling),
+            is_sampled=not sampling.is_greedy,
+            asked=record_of(sampling, request.noise_seed),
+            rule=sampling.rule,
+            _output=tokens[prompt:],
         )
 
 
 def _is_plain(sampling: SamplingParams) -> bool:
-    return sampling.is_greedy and not (sampling.logit_bias or has_penalties(sampling) or sampling.logprobs is not None)
+    return not (sampling.logit_bias or has_penalties(sampling) or sampling.logprobs is not None)

@@ -122,6 +122,12 @@ class StepBuffers:
         )
         return StepViews(fields["ids"], fields["source"], fields["positions"], fields["wanted"], fields["slots"], batch)
 
+    def wanted_positions(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The fields ``positions`` and ``wanted`` of steps of so many tokens, which lie in the same place in all their layouts."""
+        plan, whole = layout(num_tokens, self.max_rows), self._device[self._own_words :]
+        positions, wanted = (whole[slice(*plan.spans[name])].view(torch.int64) for name in ("positions", "wanted"))
+        return positions, wanted
+
     def gather_ids(self, views: StepViews) -> Tensor:
         """Token ids [T] of a step: the best tokens of the step before it, or those that the host gave."""
         known = self._device[: self._own_words + 2 * views.ids.shape[0]].view(torch.int64)
@@ -193,7 +199,8 @@ class HostStep:
     """One step on the host: token by token, and row by row. ``tables`` are int32 arrays.
 
     ``source`` are rows of ``own`` that hold the ids; below 0, or None for all: ``ids`` has them. ``row_tokens``: the step is drafts of so
-    many tokens a row, and all but its tables is known to the device alone.
+    many tokens a row, and all but its tables is known to the device alone. ``asked``: what the rows ask of sampling, joined
+    (``dspark/asked.py``); None: all are greedy.
     """
 
     ids: Sequence[int] | NDArray[np.int64]
@@ -206,12 +213,13 @@ class HostStep:
     source: NDArray[np.int64] | None = None
     ancestors: Sequence[int] | None = None
     row_tokens: int | None = None
+    asked: bytes | None = None
 
     @staticmethod
-    def of_drafts(tables: Sequence[Sequence[int]], row_tokens: int) -> HostStep:
+    def of_drafts(tables: Sequence[Sequence[int]], row_tokens: int, asked: bytes | None) -> HostStep:
         """Rows of ``row_tokens`` tokens that only the device knows."""
         zeros, places, lengths = _unknown(len(tables), row_tokens)
-        return HostStep(zeros, zeros, zeros, places, lengths, zeros[: len(tables)], tables, row_tokens=row_tokens)
+        return HostStep(zeros, zeros, zeros, places, lengths, zeros[: len(tables)], tables, row_tokens=row_tokens, asked=asked)
 
     @staticmethod
     def of(
@@ -229,6 +237,9 @@ class HostStep:
             tables=[row.table for row in rows],
             ancestors=[word for row in rows for word in row_ancestors(row)] if has_trees else None,
         )
+
+
+NOTHING = HostStep((), (), (), (), (), (), ())
 
 
 @lru_cache(maxsize=1024)

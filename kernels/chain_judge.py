@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dspark.kernels.keyed_random import ACCEPT, TOKEN, race, uniform
-from dspark.kernels.sampling import BLOCK, NUM_WARPS, SamplingRows, key_bits, laws_reference, sample_reference, settle
+from dspark.kernels.sampling import CHUNK, SamplingRows, key_bits, laws_reference, num_chunks, sample_reference, settle
 
 GREEDY, COUPLED, RATIO = 0, 1, 2
 
@@ -96,7 +96,7 @@ def _judge_ratio(laws: Tensor, chains: Chains, r: int, count: int) -> tuple[int,
 
 
 def launch(logits: Tensor, rows: SamplingRows, chains: Chains) -> tuple[Tensor, Tensor]:
-    """``judge_chains`` by three Triton kernels: the laws and their tokens, the drafts that stand, residuals."""
+    """``judge_chains`` by five Triton kernels: the laws and their tokens, the drafts that stand, residuals chunk by chunk and whole."""
     from triton import next_power_of_2
 
     from dspark.kernels import sampling_triton as code
@@ -110,14 +110,19 @@ def launch(logits: Tensor, rows: SamplingRows, chains: Chains) -> tuple[Tensor, 
     marks = torch.zeros(num_requests, -(-size // 32), dtype=torch.int32, device=device)
     if not num_requests:
         return tokens, accepted
+    chunks = num_chunks(size)
+    raced = [torch.empty(num_requests, chunks, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)]
     law = (settled.peaks, settled.norms, settled.leasts, settled.lasts, settled.masses)
     asked = (chains.rules, chains.first_rows, chains.counts, chains.seeds, chains.base_lens)
     drafted = (chains.drafts, chains.law_ids, chains.law_probs)
-    verdict = (tokens, accepted, joints, marks)
     sizes = {"LENGTH": length, "WIDTH": width, "BITS": key_bits(logits)}
+    chunked = {"CHUNKS": chunks, "BITS": key_bits(logits)}
     strides = (logits.stride(0), marks.stride(0))
-    grid, law_block = (num_requests,), next_power_of_2(width)
-    code.accept[grid](logits, rows.temperature, settled.tokens, *law, *asked, *drafted, *verdict, *strides, **sizes, BLOCK=law_block)
-    sizes |= {"LAW_BLOCK": law_block, "BLOCK": min(BLOCK, next_power_of_2(size))}
-    code.draw_residual[grid](logits, rows.temperature, *law, *asked, *drafted, *verdict, size, *strides, **sizes, num_warps=NUM_WARPS)
+    laws, verdict = (logits, rows.temperature), (tokens, accepted, joints)
+    law_block = next_power_of_2(width)
+    code.accept[(num_requests,)](*laws, settled.tokens, *law, *asked, *drafted, *verdict, marks, *strides, **sizes, BLOCK=law_block)
+    grid, behind = (num_requests, chunks), (accepted, joints, marks, *raced, size)
+    code.survey_residual[grid](*laws, *law, *asked, *behind, *strides, **chunked, BLOCK=CHUNK, num_warps=8)
+    chunked |= sizes | {"CHUNK_BLOCK": next_power_of_2(chunks), "LAW_BLOCK": law_block}
+    code.draw_residual[(num_requests,)](*laws, *law, *asked, *drafted, *verdict, *raced, size, strides[0], **chunked)
     return tokens, accepted

@@ -2,8 +2,9 @@
 
 A row's law is never written down. ``settle`` leaves five numbers a row from which any kernel can tell any id's probability:
 the peak and norm of the softmax, the least logit that is kept (as a key, see ``order``), the last id kept among those of just that
-logit, and the share of the mass that is kept. Programs go over a row in blocks and add up lane by lane, and only what is left at its
-end is reduced: a reduction waits for all threads of a program.
+logit, and the share of the mass that is kept. Before it ``survey`` looks once at every chunk of every row, so that few rows make work
+for all processors; only the search for the end of a truncated law goes over a row in one program, adding up lane by lane: a reduction
+waits for all threads of a program.
 """
 
 # mypy: ignore-errors
@@ -44,10 +45,10 @@ def power(logits, temperature, peak):
 
 
 @triton.jit
-def tally(row, size, temperature, peak, pivot, step, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Ids, or their mass, whose keys are at least ``pivot`` + 1, 2 and 3 ``step``."""
+def tally(row, size, temperature, peak, low, middle, high, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Ids, or their mass, whose keys are at least ``low``, ``middle`` and ``high``."""
     lane = tl.arange(0, BLOCK)
-    low, middle, high = (pivot + step).to(tl.int32), (pivot + 2 * step).to(tl.int32), (pivot + 3 * step).to(tl.int32)
+    low, middle, high = low.to(tl.int32), middle.to(tl.int32), high.to(tl.int32)
     first = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
     third = tl.zeros((BLOCK,), tl.float32)
@@ -63,12 +64,25 @@ def tally(row, size, temperature, peak, pivot, step, BY_MASS: tl.constexpr, BITS
 
 
 @triton.jit
-def search(row, size, temperature, peak, wanted, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key that ``wanted`` ids, or ids of the mass ``wanted``, have or exceed: two bits a pass."""
+def search(row, size, temperature, peak, top, wanted, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key that ``wanted`` ids, or ids of the mass ``wanted``, have or exceed: two bits a pass.
+
+    Most laws end near their largest key ``top``, so the first pass asks how near.
+    """
+    near = tl.maximum(top.to(tl.int64) + 1 - (1 << (BITS - 8)), LEAST_KEY)
+    far = tl.maximum(top.to(tl.int64) + 1 - (1 << (BITS - 6)), LEAST_KEY)
+    farther = tl.maximum(top.to(tl.int64) + 1 - (1 << (BITS - 4)), LEAST_KEY)
+    first, second, third = tally(row, size, temperature, peak, farther, far, near, BY_MASS, BITS, BLOCK)
     found = tl.zeros((), tl.int64) - (1 << (BITS - 1))
     step = tl.full((), 1 << (BITS - 2), tl.int64)
+    if third >= wanted:
+        found, step = near, step >> 8
+    elif second >= wanted:
+        found, step = far, step >> 6
+    elif first >= wanted:
+        found, step = farther, step >> 4
     while step > 0:
-        first, second, third = tally(row, size, temperature, peak, found, step, BY_MASS, BITS, BLOCK)
+        first, second, third = tally(row, size, temperature, peak, found + step, found + 2 * step, found + 3 * step, BY_MASS, BITS, BLOCK)
         found += ((first >= wanted).to(tl.int64) + (second >= wanted).to(tl.int64) + (third >= wanted).to(tl.int64)) * step
         step = step >> 2
     return found.to(tl.int32)
@@ -119,6 +133,53 @@ def winner(leading, wheres, size):
 
 
 @triton.jit
+def truncates(top_k, top_p, min_p, size):
+    return ((top_k > 0) & (top_k < size)) | (top_p < 1.0) | (min_p > 0.0)
+
+
+@triton.jit
+def survey(
+    logits,
+    temperatures,
+    top_ks,
+    top_ps,
+    min_ps,
+    seeds,
+    positions,
+    highs,
+    places,
+    sums,
+    weights,
+    winners,
+    size,
+    logits_row,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a chunk of a row: its largest logit and the id of that; at a temperature the sum of its powers next to that one, and, unless
+    something truncates, who wins the race in it and with which weight."""
+    n, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    top_k = tl.load(top_ks + n).to(tl.int32)
+    if top_k >= 0:
+        at = n * CHUNKS + chunk
+        place = chunk * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(logits + n * logits_row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+        high = tl.max(values, axis=0)
+        tl.store(highs + at, high)
+        tl.store(places + at, winner(values, place, size))
+        temperature = tl.load(temperatures + n)
+        if temperature > 0.0:
+            temperature = tl.maximum(temperature, 1e-30)
+            powers = tl.where(values > -float("inf"), power(values, temperature, tl.div_rn(high, temperature)), 0.0)
+            tl.store(sums + at, tl.sum(powers, axis=0))
+            if not truncates(top_k, tl.load(top_ps + n), tl.load(min_ps + n), size):
+                key = row_key(tl.load(seeds + n), tl.load(positions + n), TOKEN, 0)
+                raced = tl.where(place < size, tl.div_rn(powers, exponential(key, place)), -1.0)
+                tl.store(weights + at, tl.max(raced, axis=0))
+                tl.store(winners + at, winner(raced, place, size))
+
+
+@triton.jit
 def settle(
     logits,
     temperatures,
@@ -127,6 +188,11 @@ def settle(
     min_ps,
     seeds,
     positions,
+    highs,
+    places,
+    sums,
+    weights,
+    winners,
     tokens,
     peaks,
     norms,
@@ -135,80 +201,80 @@ def settle(
     masses,
     size,
     logits_row,
+    CHUNKS: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The five numbers of a row's law, and its token; nothing where ``top_k`` is below 0."""
+    """The five numbers of a row's law, and its token, from what ``survey`` found; nothing where ``top_k`` is below 0."""
     n = tl.program_id(0).to(tl.int64)
     top_k = tl.load(top_ks + n).to(tl.int32)
     if top_k >= 0:
         row = logits + n * logits_row
-        lane = tl.arange(0, BLOCK)
         temperature = tl.load(temperatures + n)
-        leading = tl.full((BLOCK,), -float("inf"), tl.float32)
-        wheres = lane
-        for start in range(0, size, BLOCK):
-            place = start + lane
-            values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
-            wheres = tl.where(values > leading, place, wheres)
-            leading = tl.maximum(leading, values)
-        peak = tl.max(leading, axis=0)
-        token = winner(leading, wheres, size)
+        chunk = tl.arange(0, CHUNK_BLOCK)
+        at, real = n * CHUNKS + chunk, chunk < CHUNKS
+        high = tl.load(highs + at, mask=real, other=-float("inf"))
+        best = tl.max(high, axis=0)
+        token = winner(high, tl.load(places + at, mask=real, other=size), size)
+        peak = best
         norm = tl.full((), 1.0, tl.float64)
         kept_mass = tl.full((), 1.0, tl.float64)
         least = tl.full((), LEAST_KEY, tl.int32)
         last = tl.full((), 0, tl.int32) + size
         if temperature > 0.0:
             temperature = tl.maximum(temperature, 1e-30)
-            peak = tl.div_rn(peak, temperature)
-            powers = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, size, BLOCK):
-                place = start + lane
-                values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
-                powers += power(values, temperature, peak)
-            norm = tl.sum(powers.to(tl.float64), axis=0)
+            peak = tl.div_rn(best, temperature)
+            scales = tl.where(high > -float("inf"), power(high, temperature, peak), 0.0)  # of chunks next to the whole row
+            norm = tl.sum(scales.to(tl.float64) * tl.load(sums + at, mask=real, other=0.0).to(tl.float64), axis=0)
             kept_mass = norm
             top_p = tl.load(top_ps + n)
             min_p = tl.load(min_ps + n)
-            wanted = tl.where((top_k > 0) & (top_k < size), top_k, size).to(tl.float64)
-            if min_p > 0.0:
-                likely = tl.zeros((BLOCK,), tl.float32)
+            if not truncates(top_k, top_p, min_p, size):
+                raced = tl.where(real, scales * tl.load(weights + at, mask=real, other=0.0), -1.0)
+                token = winner(raced, tl.load(winners + at, mask=real, other=size), size)
+            else:
+                lane = tl.arange(0, BLOCK)
+                top = order(best, BITS)
+                wanted = tl.where((top_k > 0) & (top_k < size), top_k, size).to(tl.float64)
+                if min_p > 0.0:
+                    likely = tl.zeros((BLOCK,), tl.float32)
+                    for start in range(0, size, BLOCK):
+                        place = start + lane
+                        values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
+                        likely += (power(values, temperature, peak).to(tl.float64) >= min_p).to(tl.float32)
+                    wanted = tl.minimum(wanted, tl.sum(likely.to(tl.float64), axis=0))
+                ties = tl.full((), 1.0, tl.float64) * size
+                equal = ties
+                if wanted < size:
+                    least = search(row, size, temperature, peak, top, wanted, False, BITS, BLOCK)
+                    count, over, equal = above(row, size, temperature, peak, least, BITS, BLOCK)
+                    ties = tl.minimum(tl.maximum(wanted - count, 1.0), equal)
+                    kept_mass = over + ties * power(logit_of(least, BITS), temperature, peak).to(tl.float64)
+                if top_p < 1.0:
+                    target = top_p * kept_mass
+                    reached = search(row, size, temperature, peak, top, target, True, BITS, BLOCK)
+                    if reached >= least:
+                        count, over, together = above(row, size, temperature, peak, reached, BITS, BLOCK)
+                        each = power(logit_of(reached, BITS), temperature, peak).to(tl.float64)
+                        needed = tl.minimum(tl.maximum(tl.ceil((target - over) / each), 1.0), together)
+                        ties = tl.where(reached > least, needed, tl.minimum(ties, needed))
+                        equal = together
+                        least = reached
+                        kept_mass = over + ties * each
+                if ties < equal:
+                    last = last_of(row, size, least, ties.to(tl.int32), BITS, BLOCK)
+                key = row_key(tl.load(seeds + n), tl.load(positions + n), TOKEN, 0)
+                leading = tl.full((BLOCK,), -1.0, tl.float32)
+                wheres = lane
                 for start in range(0, size, BLOCK):
                     place = start + lane
                     values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
-                    likely += (power(values, temperature, peak).to(tl.float64) >= min_p).to(tl.float32)
-                wanted = tl.minimum(wanted, tl.sum(likely.to(tl.float64), axis=0))
-            ties = tl.full((), 1.0, tl.float64) * size
-            equal = ties
-            if wanted < size:
-                least = search(row, size, temperature, peak, wanted, False, BITS, BLOCK)
-                count, over, equal = above(row, size, temperature, peak, least, BITS, BLOCK)
-                ties = tl.minimum(tl.maximum(wanted - count, 1.0), equal)
-                kept_mass = over + ties * power(logit_of(least, BITS), temperature, peak).to(tl.float64)
-            if top_p < 1.0:
-                target = top_p * kept_mass
-                reached = search(row, size, temperature, peak, target, True, BITS, BLOCK)
-                if reached >= least:
-                    count, over, together = above(row, size, temperature, peak, reached, BITS, BLOCK)
-                    each = power(logit_of(reached, BITS), temperature, peak).to(tl.float64)
-                    needed = tl.minimum(tl.maximum(tl.ceil((target - over) / each), 1.0), together)
-                    ties = tl.where(reached > least, needed, tl.minimum(ties, needed))
-                    equal = together
-                    least = reached
-                    kept_mass = over + ties * each
-            if ties < equal:
-                last = last_of(row, size, least, ties.to(tl.int32), BITS, BLOCK)
-            key = row_key(tl.load(seeds + n), tl.load(positions + n), TOKEN, 0)
-            leading = tl.full((BLOCK,), -1.0, tl.float32)
-            wheres = lane
-            for start in range(0, size, BLOCK):
-                place = start + lane
-                values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
-                weights = tl.div_rn(power(values, temperature, peak), exponential(key, place))
-                weights = tl.where(is_kept(order(values, BITS), place, least, last) & (place < size), weights, -1.0)
-                wheres = tl.where(weights > leading, place, wheres)
-                leading = tl.maximum(leading, weights)
-            token = winner(leading, wheres, size)
+                    raced_here = tl.div_rn(power(values, temperature, peak), exponential(key, place))
+                    raced_here = tl.where(is_kept(order(values, BITS), place, least, last) & (place < size), raced_here, -1.0)
+                    wheres = tl.where(raced_here > leading, place, wheres)
+                    leading = tl.maximum(leading, raced_here)
+                token = winner(leading, wheres, size)
         tl.store(tokens + n, token.to(tl.int64))
         tl.store(peaks + n, peak)
         tl.store(norms + n, norm.to(tl.float32))
@@ -326,6 +392,51 @@ def accept(
 
 
 @triton.jit
+def survey_residual(
+    logits,
+    temperatures,
+    peaks,
+    norms,
+    leasts,
+    lasts,
+    masses,
+    rules,
+    first_rows,
+    counts,
+    seeds,
+    base_lens,
+    accepted_counts,
+    joints,
+    marks,
+    weights,
+    winners,
+    size,
+    logits_row,
+    marks_row,
+    CHUNKS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a chunk of the vocabulary: who wins the race of joint * target among the ids that are not in the law of the draft that fell."""
+    r, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    accepted = tl.load(accepted_counts + r)
+    if (tl.load(rules + r) == RATIO) & (accepted < tl.load(counts + r)):
+        n = tl.load(first_rows + r).to(tl.int64) + accepted
+        key = row_key(tl.load(seeds + r), tl.load(base_lens + r) + accepted, TOKEN, 0)
+        temperature = tl.maximum(tl.load(temperatures + n), 1e-30)
+        scale = (tl.load(joints + r).to(tl.float64) / (tl.load(norms + n).to(tl.float64) * tl.load(masses + n))).to(tl.float32)
+        place = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = place < size
+        values = tl.load(logits + n * logits_row + place, mask=inside, other=-float("inf")).to(tl.float32)
+        words = tl.load(marks + r * marks_row + place // 32, mask=inside, other=0)
+        kept = inside & is_kept(order(values, BITS), place, tl.load(leasts + n), tl.load(lasts + n)) & (((words >> (place % 32)) & 1) == 0)
+        raced = tl.div_rn(power(values, temperature, tl.load(peaks + n)) * scale, exponential(key, place))
+        raced = tl.where(kept, raced, 0.0)
+        tl.store(weights + r * CHUNKS + chunk, tl.max(raced, axis=0))
+        tl.store(winners + r * CHUNKS + chunk, winner(raced, place, size))
+
+
+@triton.jit
 def draw_residual(
     logits,
     temperatures,
@@ -345,22 +456,22 @@ def draw_residual(
     out,
     accepted_counts,
     joints,
-    marks,
+    weights,
+    winners,
     size,
     logits_row,
-    marks_row,
     LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     LAW_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """The token behind a fallen draft of the ratio rule, from max(0, joint * target - draft); the target's own where nothing is left."""
     r = tl.program_id(0).to(tl.int64)
     accepted = tl.load(accepted_counts + r)
     if (tl.load(rules + r) == RATIO) & (accepted < tl.load(counts + r)):
         n = tl.load(first_rows + r).to(tl.int64) + accepted
-        joint = tl.load(joints + r)
         key = row_key(tl.load(seeds + r), tl.load(base_lens + r) + accepted, TOKEN, 0)
         place = tl.arange(0, LAW_BLOCK)
         at = (r * LENGTH + accepted) * WIDTH + place
@@ -369,24 +480,13 @@ def draw_residual(
         token = tl.load(drafts + r * LENGTH + accepted).to(tl.int32)
         is_law = tl.sum(tl.where(ids == token, probs, 0.0), axis=0) > 0.0
         target = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, ids, probs > 0.0, BITS)
-        left = tl.maximum(target * joint - tl.where(is_law, probs, 0.0), 0.0)
-        weights = tl.div_rn(left, exponential(key, ids))
-        narrow = tl.max(weights, axis=0)
-        best = tl.min(tl.where(weights == narrow, ids, size), axis=0)
-        lane = tl.arange(0, BLOCK)
-        leading = tl.zeros((BLOCK,), tl.float32)
-        wheres = lane
-        for start in range(0, size, BLOCK):
-            chunk = start + lane
-            inside = chunk < size
-            words = tl.load(marks + r * marks_row + chunk // 32, mask=inside, other=0)
-            chunk_probs = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, chunk, inside, BITS)
-            chunk_weights = tl.div_rn(chunk_probs * joint, exponential(key, chunk))
-            chunk_weights = tl.where(((words >> (chunk % 32)) & 1) == 0, chunk_weights, 0.0)
-            wheres = tl.where(chunk_weights > leading, chunk, wheres)
-            leading = tl.maximum(leading, chunk_weights)
-        wide = tl.max(leading, axis=0)
-        found = winner(leading, wheres, size)
+        left = tl.maximum(target * tl.load(joints + r) - tl.where(is_law, probs, 0.0), 0.0)
+        raced = tl.div_rn(left, exponential(key, ids))
+        narrow, best = tl.max(raced, axis=0), winner(raced, ids, size)
+        chunk = tl.arange(0, CHUNK_BLOCK)
+        real = chunk < CHUNKS
+        others = tl.load(weights + r * CHUNKS + chunk, mask=real, other=-1.0)
+        wide, found = tl.max(others, axis=0), winner(others, tl.load(winners + r * CHUNKS + chunk, mask=real, other=size), size)
         best = tl.where((wide > narrow) | ((wide == narrow) & (found < best)), found, best)
         if tl.maximum(wide, narrow) > 0.0:
             tl.store(out + r * (LENGTH + 1) + accepted, best.to(tl.int64))

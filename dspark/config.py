@@ -38,7 +38,11 @@ class EngineConfig(BaseModel):
         default=2048, ge=0, le=8192, description="on a GPU, steps of up to so many tokens are replayed from CUDA graphs; 0: none are"
     )
     prefix_cache: bool = Field(default=True, description="share KV blocks of equal prefixes")
-    draft_law_width: int = Field(default=256, ge=1, description="support of the draft law under the ratio rule")
+    draft_law_width: int | None = Field(
+        default=None,
+        ge=1,
+        description="support of the draft law under the ratio rule; None: 256, or 512 on the verifier's own GPU, where none is shipped",
+    )
     survival: Literal["auto", "head", "margin", "constant"] = Field(
         default="auto", description="what estimates acceptance; auto: the drafter's confidence head if it has one, else its margins"
     )

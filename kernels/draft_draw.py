@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dspark.kernels.keyed_random import DRAFT, TOKEN, exponential, race
-from dspark.kernels.top import largest
+from dspark.kernels.top import first_argmax, largest
 
 MAX_MARGIN = 12.0  # a rest of exp(-12) is near what fp32 can tell from nothing
 MIN_TEMPERATURE = 1e-30  # below it logits / temperature would overflow; the law is the argmax long before
@@ -38,6 +38,15 @@ def truncate_law(logits: Tensor, temperature: Tensor, width: int) -> tuple[Tenso
     one_hot = torch.zeros_like(probs)
     one_hot[:, 0] = 1.0
     return ids, torch.where((temperature == 0)[:, None], one_hot, probs)
+
+
+def law_of(logits: Tensor, temperature: Tensor) -> Tensor:
+    """The softmax at the temperature over all logits of each row [R, k], in their order; at temperature 0 one-hot at the first largest."""
+    values = logits.to(torch.float32)
+    scale = temperature.to(torch.float32).clamp(min=MIN_TEMPERATURE)[:, None]
+    probs = torch.softmax((values - values.amax(-1, keepdim=True)) / scale, dim=-1)
+    one_hot = torch.zeros_like(probs).scatter_(1, first_argmax(values)[:, None], 1.0)
+    return torch.where((temperature == 0)[:, None], one_hot, probs)
 
 
 def log_odds(logits: Tensor) -> Tensor:

@@ -10,11 +10,11 @@
     hidden      [R, n, d]                 h_1 .. h_n, read by the confidence head
     temperature [R] fp32; seeds, base_lens [R] int64; coupled [R] bool
     tokens      [R, n]     int64          x_1 .. x_n
-    ids, probs  [R, n, W]  int64, fp32    the law each token was drawn from, W = min(width, K), from the largest logit down
+    ids, probs  [R, n, W]  int64, fp32    the law each token was drawn from, W = min(width, K): from the best down, or all candidates
     margin, confidence [R, n] fp32        see ``draft_draw.log_odds``; without a head the confidence is sigmoid(margin)
 
 One program does a request: its positions follow from one another, its candidates' bias is W2's rows times one latent, and the
-truncation is a sort of K keys in registers.
+truncation is a sort of K keys in registers. A law of all candidates keeps their order, and nothing is sorted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.kernels.draft_draw import draw, log_odds, truncate_law
+from dspark.kernels.draft_draw import draw, law_of, log_odds, truncate_law
 
 RANK_BLOCK = 16  # columns of W1 and W2 at a time: CANDIDATES x RANK_BLOCK weights are held in registers
 HIDDEN_BLOCK = 1024
@@ -88,8 +88,11 @@ def reference(base: Tensor, candidates: Tensor, hidden: Tensor, rows: BlockRows,
         if latent is not None and heads.w2 is not None:
             logits = logits + torch.bmm(latent.unsqueeze(1), F.embedding(chosen, heads.w2).transpose(1, 2)).squeeze(1)
         margin = log_odds(logits)
-        local, probs = truncate_law(logits, rows.temperature, width)
-        ids = chosen.gather(1, local)
+        if width < base.shape[2]:
+            local, probs = truncate_law(logits, rows.temperature, width)
+            ids = chosen.gather(1, local)
+        else:
+            ids, probs = chosen, law_of(logits, rows.temperature)
         ids = ids if heads.target_ids is None else heads.target_ids[ids]
         before.append(previous)
         previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)

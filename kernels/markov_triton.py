@@ -87,18 +87,23 @@ def draw_block(
             tl.store(law_ids + row, chosen)
             tl.store(law_probs + row, 1.0)
         else:
-            # One 64-bit key orders logits, equal ones by place: the bits of a float, made to order as integers, above the place.
-            bits = logits.to(tl.int32, bitcast=True)
-            ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-            keys = tl.sort((ordered << 32) | (0x7FFFFFFF - place).to(tl.int64), descending=True)
-            order = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-            bits = (keys >> 32).to(tl.int32)
-            values = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
             kept = place < WIDTH
+            if WIDTH == CANDIDATES:
+                values = logits
+                first = tl.argmax(logits, axis=0)
+            else:
+                # One 64-bit key orders logits, equal ones by place: the bits of a float, made to order as integers, above the place.
+                bits = logits.to(tl.int32, bitcast=True)
+                ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+                keys = tl.sort((ordered << 32) | (0x7FFFFFFF - place).to(tl.int64), descending=True)
+                order = 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
+                bits = (keys >> 32).to(tl.int32)
+                values = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+                ids = tl.load(candidates + row * CANDIDATES + order, mask=kept, other=0)
+                first = 0
             powers = tl.where(kept, tl.exp(tl.div_rn(values - peak, scale)), 0.0)
             probs = tl.div_rn(powers, tl.sum(powers, axis=0))
-            probs = tl.where(temperature == 0.0, (place == 0).to(tl.float32), probs)
-            ids = tl.load(candidates + row * CANDIDATES + order, mask=kept, other=0)
+            probs = tl.where(temperature == 0.0, (place == first).to(tl.float32), probs)
             if HAS_IDS:
                 ids = tl.load(target_ids + ids, mask=kept, other=0)
             tl.store(law_ids + row * WIDTH + place, ids, mask=kept)

@@ -21,10 +21,11 @@ from dspark.kernels.graphs import CudaGraphs
 from dspark.types import Drafter, Mode, Speculation
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.drafter.dialects import load_drafter
+from dspark.workers.drafter.draft_graphs import HEAD_TOP_K
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.eagle3_module import Eagle3Module
 from dspark.workers.drafter.fused import fuse_layers
-from dspark.workers.drafter.graft import graft
+from dspark.workers.drafter.graft import LAW_WIDTH, graft
 from dspark.workers.drafter.graph_local import GraphDrafter
 from dspark.workers.drafter.local import LocalDrafter
 from dspark.workers.drafter.ngram import NgramDrafter
@@ -318,8 +319,8 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool, module: DSpa
         return (NoDrafter(), "none") if name == "none" else (NgramDrafter(), "ngram")
     if isinstance(module, DSparkModule) and uses_graphs(config, target):
         longest = _max_model_len(config, target, pool.num_blocks * pool.block_size)
-        return GraphDrafter(module, pool, config.draft_law_width, config.max_num_seqs, longest), name
-    return graft(module, pool, config.draft_law_width), name
+        return GraphDrafter(module, pool, config.draft_law_width or HEAD_TOP_K, config.max_num_seqs, longest), name
+    return graft(module, pool, config.draft_law_width or LAW_WIDTH), name
 
 
 def _module(config: EngineConfig, target: Target) -> DSparkModule | Eagle3Module | None:

@@ -26,7 +26,7 @@ from dspark.workers.drafter.dialects import load_drafter, load_projection
 from dspark.workers.drafter.draft_links import DraftLinks
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.fused import fuse_layers
-from dspark.workers.drafter.graft import graft
+from dspark.workers.drafter.graft import LAW_WIDTH, graft
 from dspark.workers.drafter.grafted import FeatureProjection
 from dspark.workers.drafter.graph_worker import GraphWorkerDrafter
 from dspark.workers.drafter.local import LocalDrafter
@@ -129,11 +129,11 @@ def _worker_drafter(config: EngineConfig, module: DSparkModule, pool: BlockPool,
     """Drafts from graphs on a GPU, unless ``graph_tokens`` is 0. ConfigError if they do not fit."""
     device = module.fc.weight.device
     if device.type != "cuda" or not config.graph_tokens:
-        return LocalDrafter(module, pool, law_width=config.draft_law_width)
+        return LocalDrafter(module, pool, law_width=config.draft_law_width or LAW_WIDTH)
     fuse_layers(module)
     progress("capturing the drafter's graphs")
     try:
-        drafter = GraphWorkerDrafter(module, pool, config.draft_law_width, config.max_num_seqs, module.config.max_positions)
+        drafter = GraphWorkerDrafter(module, pool, config.draft_law_width or LAW_WIDTH, config.max_num_seqs, module.config.max_positions)
         drafter.prepare(CudaGraphs(progress))
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"too little memory is left on {device} for the drafter's graphs: lower draft_kv_tokens") from error
@@ -148,7 +148,7 @@ def _remote_drafter(folder: Path, config: EngineConfig, target: Target, pool: Bl
     if remote.fallback == "ngram":
         fallback = NgramDrafter()
     elif remote.fallback == "grafted":
-        fallback = graft(load_drafter(folder, head, target.dtype, target.device), pool, config.draft_law_width)
+        fallback = graft(load_drafter(folder, head, target.dtype, target.device), pool, config.draft_law_width or LAW_WIDTH)
     feeds = fallback is None and build.uses_graphs(config, target)
     return RemoteDrafter(projection, pool, links, remote.assign, fallback, feeds)
 

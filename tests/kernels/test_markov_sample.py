@@ -53,7 +53,7 @@ def assert_same(found: Block, wanted: Block) -> None:
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), atol=2e-5, rtol=2e-4)
 
 
-@pytest.mark.parametrize(("candidates", "width"), [(64, 8), (100, 64), (20, 64), (64, 1)])
+@pytest.mark.parametrize(("candidates", "width"), [(64, 8), (100, 64), (20, 64), (64, 64), (64, 1)])
 @pytest.mark.parametrize("seed", [0, 10])
 def test_equals_the_loop(candidates: int, width: int, seed: int) -> None:
     found, wanted = (block_of(run, 7, candidates, width, seed) for run in ("launch", "reference"))

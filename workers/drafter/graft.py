@@ -8,6 +8,8 @@ from dspark.workers.drafter.eagle3_local import Eagle3Drafter
 from dspark.workers.drafter.eagle3_module import Eagle3Module
 from dspark.workers.drafter.local import LocalDrafter
 
+LAW_WIDTH = 256  # ids that support a law which goes through the host or to other machines
+
 
 def graft(module: DSparkModule | Eagle3Module, tables: BlockTables, law_width: int) -> Drafter:
     """The drafter that drives ``module``."""

@@ -1,10 +1,10 @@
 """Triton code of ``sampling`` and ``chain_judge``; imported when a kernel is first launched, never before.
 
-A row's law is never written down. ``settle`` leaves five numbers a row from which any kernel can tell any id's probability:
-the peak and norm of the softmax, the least logit that is kept (as a key, see ``order``), the last id kept among those of just that
-logit, and the share of the mass that is kept. Before it ``survey`` looks once at every chunk of every row, so that few rows make work
-for all processors; only the search for the end of a truncated law goes over a row in one program, adding up lane by lane: a reduction
-waits for all threads of a program.
+A row's law is never written down. ``settle`` leaves five numbers a row from which any kernel can tell any id's probability: the
+largest logit and the norm of the softmax next to it, the least logit that is kept (as a key, see ``order``), the last id kept among
+those of just that logit, and the share of the mass that is kept. Before it ``survey`` looks once at every chunk of every row, so that
+few rows make work for all processors; only the search for the end of a truncated law goes over a row in one program, adding up lane
+by lane: a reduction waits for all threads of a program.
 """
 
 # mypy: ignore-errors
@@ -39,13 +39,19 @@ def logit_of(key, BITS: tl.constexpr):
 
 
 @triton.jit
-def power(logits, temperature, peak):
-    """What the softmax adds up; 0 of -inf."""
-    return tl.exp(tl.div_rn(logits, temperature) - peak)
+def sharpness(temperature):
+    """What differences of logits are multiplied with; ``temperature`` over 0."""
+    return tl.div_rn(1.0, tl.maximum(temperature, 1e-30))
 
 
 @triton.jit
-def tally(row, size, temperature, peak, low, middle, high, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def power(logits, sharp, peak):
+    """What the softmax adds up, next to the largest logit ``peak``; 0 of -inf."""
+    return tl.exp((logits - peak) * sharp)
+
+
+@triton.jit
+def tally(row, size, sharp, peak, low, middle, high, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """Ids, or their mass, whose keys are at least ``low``, ``middle`` and ``high``."""
     lane = tl.arange(0, BLOCK)
     low, middle, high = low.to(tl.int32), middle.to(tl.int32), high.to(tl.int32)
@@ -56,7 +62,7 @@ def tally(row, size, temperature, peak, low, middle, high, BY_MASS: tl.constexpr
         place = start + lane
         logits = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
         keys = order(logits, BITS)
-        counted = power(logits, temperature, peak) if BY_MASS else tl.where(place < size, 1.0, 0.0)
+        counted = power(logits, sharp, peak) if BY_MASS else tl.where(place < size, 1.0, 0.0)
         first += tl.where(keys >= low, counted, 0.0)
         second += tl.where(keys >= middle, counted, 0.0)
         third += tl.where(keys >= high, counted, 0.0)
@@ -64,7 +70,7 @@ def tally(row, size, temperature, peak, low, middle, high, BY_MASS: tl.constexpr
 
 
 @triton.jit
-def search(row, size, temperature, peak, top, wanted, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def search(row, size, sharp, peak, top, wanted, BY_MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest key that ``wanted`` ids, or ids of the mass ``wanted``, have or exceed: two bits a pass.
 
     Most laws end near their largest key ``top``, so the first pass asks how near.
@@ -72,7 +78,7 @@ def search(row, size, temperature, peak, top, wanted, BY_MASS: tl.constexpr, BIT
     near = tl.maximum(top.to(tl.int64) + 1 - (1 << (BITS - 8)), LEAST_KEY)
     far = tl.maximum(top.to(tl.int64) + 1 - (1 << (BITS - 6)), LEAST_KEY)
     farther = tl.maximum(top.to(tl.int64) + 1 - (1 << (BITS - 4)), LEAST_KEY)
-    first, second, third = tally(row, size, temperature, peak, farther, far, near, BY_MASS, BITS, BLOCK)
+    first, second, third = tally(row, size, sharp, peak, farther, far, near, BY_MASS, BITS, BLOCK)
     found = tl.zeros((), tl.int64) - (1 << (BITS - 1))
     step = tl.full((), 1 << (BITS - 2), tl.int64)
     if third >= wanted:
@@ -82,14 +88,14 @@ def search(row, size, temperature, peak, top, wanted, BY_MASS: tl.constexpr, BIT
     elif first >= wanted:
         found, step = farther, step >> 4
     while step > 0:
-        first, second, third = tally(row, size, temperature, peak, found + step, found + 2 * step, found + 3 * step, BY_MASS, BITS, BLOCK)
+        first, second, third = tally(row, size, sharp, peak, found + step, found + 2 * step, found + 3 * step, BY_MASS, BITS, BLOCK)
         found += ((first >= wanted).to(tl.int64) + (second >= wanted).to(tl.int64) + (third >= wanted).to(tl.int64)) * step
         step = step >> 2
     return found.to(tl.int32)
 
 
 @triton.jit
-def above(row, size, temperature, peak, least, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def above(row, size, sharp, peak, least, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """(ids, mass) of keys over ``least``, and ids of just this key."""
     lane = tl.arange(0, BLOCK)
     count = tl.zeros((BLOCK,), tl.float32)
@@ -100,7 +106,7 @@ def above(row, size, temperature, peak, least, BITS: tl.constexpr, BLOCK: tl.con
         logits = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
         keys = order(logits, BITS)
         count += ((keys > least) & (place < size)).to(tl.float32)
-        mass += tl.where(keys > least, power(logits, temperature, peak), 0.0)
+        mass += tl.where(keys > least, power(logits, sharp, peak), 0.0)
         equal += ((keys == least) & (place < size)).to(tl.float32)
     return tl.sum(count.to(tl.float64), axis=0), tl.sum(mass.to(tl.float64), axis=0), tl.sum(equal.to(tl.float64), axis=0)
 
@@ -169,12 +175,12 @@ def survey(
         tl.store(places + at, winner(values, place, size))
         temperature = tl.load(temperatures + n)
         if temperature > 0.0:
-            temperature = tl.maximum(temperature, 1e-30)
-            powers = tl.where(values > -float("inf"), power(values, temperature, tl.div_rn(high, temperature)), 0.0)
+            sharp = sharpness(temperature)
+            powers = tl.where(values > -float("inf"), power(values, sharp, high), 0.0)
             tl.store(sums + at, tl.sum(powers, axis=0))
             if not truncates(top_k, tl.load(top_ps + n), tl.load(min_ps + n), size):
                 key = row_key(tl.load(seeds + n), tl.load(positions + n), TOKEN, 0)
-                raced = tl.where(place < size, tl.div_rn(powers, exponential(key, place)), -1.0)
+                raced = tl.where(place < size, powers / exponential(key, place), -1.0)
                 tl.store(weights + at, tl.max(raced, axis=0))
                 tl.store(winners + at, winner(raced, place, size))
 
@@ -223,9 +229,8 @@ def settle(
         least = tl.full((), LEAST_KEY, tl.int32)
         last = tl.full((), 0, tl.int32) + size
         if temperature > 0.0:
-            temperature = tl.maximum(temperature, 1e-30)
-            peak = tl.div_rn(best, temperature)
-            scales = tl.where(high > -float("inf"), power(high, temperature, peak), 0.0)  # of chunks next to the whole row
+            sharp = sharpness(temperature)
+            scales = tl.where(high > -float("inf"), power(high, sharp, peak), 0.0)  # of chunks next to the whole row
             norm = tl.sum(scales.to(tl.float64) * tl.load(sums + at, mask=real, other=0.0).to(tl.float64), axis=0)
             kept_mass = norm
             top_p = tl.load(top_ps + n)
@@ -242,21 +247,21 @@ def settle(
                     for start in range(0, size, BLOCK):
                         place = start + lane
                         values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
-                        likely += (power(values, temperature, peak).to(tl.float64) >= min_p).to(tl.float32)
+                        likely += (power(values, sharp, peak).to(tl.float64) >= min_p).to(tl.float32)
                     wanted = tl.minimum(wanted, tl.sum(likely.to(tl.float64), axis=0))
                 ties = tl.full((), 1.0, tl.float64) * size
                 equal = ties
                 if wanted < size:
-                    least = search(row, size, temperature, peak, top, wanted, False, BITS, BLOCK)
-                    count, over, equal = above(row, size, temperature, peak, least, BITS, BLOCK)
+                    least = search(row, size, sharp, peak, top, wanted, False, BITS, BLOCK)
+                    count, over, equal = above(row, size, sharp, peak, least, BITS, BLOCK)
                     ties = tl.minimum(tl.maximum(wanted - count, 1.0), equal)
-                    kept_mass = over + ties * power(logit_of(least, BITS), temperature, peak).to(tl.float64)
+                    kept_mass = over + ties * power(logit_of(least, BITS), sharp, peak).to(tl.float64)
                 if top_p < 1.0:
                     target = top_p * kept_mass
-                    reached = search(row, size, temperature, peak, top, target, True, BITS, BLOCK)
+                    reached = search(row, size, sharp, peak, top, target, True, BITS, BLOCK)
                     if reached >= least:
-                        count, over, together = above(row, size, temperature, peak, reached, BITS, BLOCK)
-                        each = power(logit_of(reached, BITS), temperature, peak).to(tl.float64)
+                        count, over, together = above(row, size, sharp, peak, reached, BITS, BLOCK)
+                        each = power(logit_of(reached, BITS), sharp, peak).to(tl.float64)
                         needed = tl.minimum(tl.maximum(tl.ceil((target - over) / each), 1.0), together)
                         ties = tl.where(reached > least, needed, tl.minimum(ties, needed))
                         equal = together
@@ -270,7 +275,7 @@ def settle(
                 for start in range(0, size, BLOCK):
                     place = start + lane
                     values = tl.load(row + place, mask=place < size, other=-float("inf")).to(tl.float32)
-                    raced_here = tl.div_rn(power(values, temperature, peak), exponential(key, place))
+                    raced_here = power(values, sharp, peak) / exponential(key, place)
                     raced_here = tl.where(is_kept(order(values, BITS), place, least, last) & (place < size), raced_here, -1.0)
                     wheres = tl.where(raced_here > leading, place, wheres)
                     leading = tl.maximum(leading, raced_here)
@@ -286,9 +291,9 @@ def settle(
 @triton.jit
 def law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, place, inside, BITS: tl.constexpr):
     """Probabilities of row ``n``'s law at ids ``place``, fp32; 0 where not ``inside``."""
-    temperature = tl.maximum(tl.load(temperatures + n), 1e-30)
+    sharp = sharpness(tl.load(temperatures + n))
     values = tl.load(logits + n * logits_row + place, mask=inside, other=-float("inf")).to(tl.float32)
-    probs = tl.div_rn(power(values, temperature, tl.load(peaks + n)), tl.load(norms + n))
+    probs = tl.div_rn(power(values, sharp, tl.load(peaks + n)), tl.load(norms + n))
     kept = inside & is_kept(order(values, BITS), place, tl.load(leasts + n), tl.load(lasts + n))
     return tl.where(kept, (probs.to(tl.float64) / tl.load(masses + n)).to(tl.float32), 0.0)
 
@@ -423,14 +428,14 @@ def survey_residual(
     if (tl.load(rules + r) == RATIO) & (accepted < tl.load(counts + r)):
         n = tl.load(first_rows + r).to(tl.int64) + accepted
         key = row_key(tl.load(seeds + r), tl.load(base_lens + r) + accepted, TOKEN, 0)
-        temperature = tl.maximum(tl.load(temperatures + n), 1e-30)
+        sharp = sharpness(tl.load(temperatures + n))
         scale = (tl.load(joints + r).to(tl.float64) / (tl.load(norms + n).to(tl.float64) * tl.load(masses + n))).to(tl.float32)
         place = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = place < size
         values = tl.load(logits + n * logits_row + place, mask=inside, other=-float("inf")).to(tl.float32)
         words = tl.load(marks + r * marks_row + place // 32, mask=inside, other=0)
         kept = inside & is_kept(order(values, BITS), place, tl.load(leasts + n), tl.load(lasts + n)) & (((words >> (place % 32)) & 1) == 0)
-        raced = tl.div_rn(power(values, temperature, tl.load(peaks + n)) * scale, exponential(key, place))
+        raced = power(values, sharp, tl.load(peaks + n)) * scale / exponential(key, place)
         raced = tl.where(kept, raced, 0.0)
         tl.store(weights + r * CHUNKS + chunk, tl.max(raced, axis=0))
         tl.store(winners + r * CHUNKS + chunk, winner(raced, place, size))
@@ -481,7 +486,7 @@ def draw_residual(
         is_law = tl.sum(tl.where(ids == token, probs, 0.0), axis=0) > 0.0
         target = law_at(logits, temperatures, peaks, norms, leasts, lasts, masses, n, logits_row, ids, probs > 0.0, BITS)
         left = tl.maximum(target * tl.load(joints + r) - tl.where(is_law, probs, 0.0), 0.0)
-        raced = tl.div_rn(left, exponential(key, ids))
+        raced = left / exponential(key, ids)
         narrow, best = tl.max(raced, axis=0), winner(raced, ids, size)
         chunk = tl.arange(0, CHUNK_BLOCK)
         real = chunk < CHUNKS

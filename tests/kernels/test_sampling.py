@@ -25,6 +25,7 @@ ASKED = [
     SamplingParams(temperature=2.0, top_k=200, top_p=0.95),
     SamplingParams(temperature=1.0, top_k=1),
     SamplingParams(temperature=0.01, top_p=0.5),
+    SamplingParams(temperature=1e-30),
 ]
 
 

@@ -47,7 +47,7 @@ from dspark.workers.verifier.parallel.loading import check_splits, loads_at_once
 from dspark.workers.verifier.parallel.processes import ProcessLauncher
 from dspark.workers.verifier.parallel.spec import RankSpec
 from dspark.workers.verifier.profile import describe as describe_costs
-from dspark.workers.verifier.profile import measure_costs, still_holds
+from dspark.workers.verifier.profile import measure_costs, reach, still_holds
 from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.scheduler import Limits
 from dspark.workers.verifier.survival import make_estimator
@@ -258,6 +258,7 @@ def _fingerprint(engine: Engine, config: EngineConfig, drafter_name: str) -> str
         "ranks": [config.tensor_parallel, config.expert_parallel],
         "drafter": [Path(drafter_name).name, drafter.block_size, getattr(getattr(drafter, "module", None), "config", None)],
         "graphs": 0 if engine.options.graphs is None else engine.options.graphs.max_tokens,
+        "reach": reach(target.device, engine.options.limits),
         "limits": [engine.options.limits.max_num_seqs, engine.options.limits.max_batch_tokens, config.draft_law_width],
     }
     return fingerprint(facts)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 
 from dspark.kernels.buckets import pays
 from dspark.sampling import SamplingParams
-from dspark.types import DraftTree, DraftTurn, PlanRow, Request, Speculation, VerifyPlan
+from dspark.types import Continuations, ContinuesSteps, DraftTree, DraftTurn, PlanRow, Request, Speculation, VerifyPlan
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.judge import JudgeItem, judge
+from dspark.workers.verifier.scheduler import Limits
 from dspark.workers.verifier.sequence import Sequence
 
 NEAR, FAR = 8, 320  # positions that scratch requests hold, where the pool has room for that
-MAX_TOKENS = 256  # largest verify step that is measured; beyond, the last slope goes on
-MAX_DRAFTING = 64
+# The largest verify step and the most drafting requests that are measured; beyond, the last slope goes on. A GPU waits for memory up to
+# hundreds of tokens and for its matrix units beyond: the slope of small steps would make drafts of many requests look free.
+MAX_TOKENS, MAX_TOKENS_GPU = 256, 2048
+MAX_DRAFTING, MAX_DRAFTING_GPU = 64, 256
 ROW_TOKENS = 4  # a step of B tokens is measured as B / 4 rows of an anchor and 3 drafts
 PREFILL_TOKENS = 256
 SLOW_S = 0.05  # a step that takes longer is repeated less often
@@ -44,12 +49,19 @@ def measure_costs(engine: Engine, progress: Callable[[str], None]) -> CostTable:
     return table
 
 
+def reach(device: torch.device, limits: Limits) -> tuple[int, int]:
+    """The largest verify step and the most drafting requests that are measured on this device."""
+    is_gpu = device.type == "cuda"
+    tokens = MAX_TOKENS_GPU if is_gpu else MAX_TOKENS
+    return min(tokens, limits.max_batch_tokens), min(MAX_DRAFTING_GPU if is_gpu else MAX_DRAFTING, limits.max_num_seqs)
+
+
 def warm_up(engine: Engine) -> None:
     """Run every size that steps are padded to once, so that no request waits for a kernel to be compiled."""
     if not pays(engine.target.device, engine.target.dtype):
         return
     scratch = _Scratch(engine)
-    most = min(engine.options.limits.max_batch_tokens, MAX_TOKENS, scratch.max_rows * ROW_TOKENS)
+    most = min(scratch.most_tokens, scratch.max_rows * ROW_TOKENS)
     for size in sorted({engine.scheduler.padded(n) for n in range(1, most + 1)}):
         scratch.run_once(size)
 
@@ -88,7 +100,7 @@ def _is_near(measured_s: float, predicted_s: float) -> bool:
 
 def _measure_verify(scratch: _Scratch) -> tuple[Curve, float]:
     """Seconds by tokens at no context, and seconds a position of context: least squares over two contexts a size."""
-    sizes = _sizes(min(scratch.engine.options.limits.max_batch_tokens, MAX_TOKENS, scratch.max_rows * ROW_TOKENS))
+    sizes = _sizes(min(scratch.most_tokens, scratch.max_rows * ROW_TOKENS))
     measured = [(size, -(-size // ROW_TOKENS), scratch.verify_seconds(size, NEAR)) for size in sizes]
     spans, more = [], []
     for size, rows, seconds in measured:
@@ -103,7 +115,7 @@ def _measure_verify(scratch: _Scratch) -> tuple[Curve, float]:
 def _measure_draft(scratch: _Scratch) -> tuple[Curve, Curve, float]:
     """Seconds of the first position by requests, of each further one, and of a position of context."""
     engine = scratch.engine
-    counts = _sizes(min(engine.options.limits.max_num_seqs, MAX_DRAFTING, scratch.max_rows))
+    counts = _sizes(min(scratch.most_drafting, scratch.max_rows))
     gamma = engine.drafter.block_size
     first = Curve.fit([(count, scratch.draft_seconds(count, 1, NEAR)) for count in counts])
     whole = Curve.fit([(count, scratch.draft_seconds(count, gamma, NEAR)) for count in counts])
@@ -131,7 +143,8 @@ class _Scratch:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        rows = min(MAX_TOKENS // ROW_TOKENS, engine.options.limits.max_num_seqs)
+        self.most_tokens, self.most_drafting = reach(engine.target.device, engine.options.limits)
+        rows = min(max(1, self.most_tokens // ROW_TOKENS), engine.options.limits.max_num_seqs)
         self.max_rows = max(1, min(rows, engine.pool.num_free // engine.pool.blocks_for(NEAR + ROW_TOKENS)))
 
     def room_for(self, num_rows: int) -> int:
@@ -147,7 +160,10 @@ class _Scratch:
             _use(engine.drafter.project(torch.zeros(size, len(taps) * engine.target.hidden_size, dtype=engine.target.dtype)))
 
     def verify_seconds(self, size: int, context: int, measure: Callable[[Callable[[], None]], float] | None = None) -> float:
-        """Seconds of a step of ``size`` tokens in rows of anchor and drafts: forward, and the judge on every row."""
+        """Seconds of a step of ``size`` tokens in rows of anchor and drafts: forward, and the judge on every row.
+
+        Of steps that can be launched before their turn what they take then: the device's time, from the launch to its best tokens.
+        """
         engine = self.engine
         lengths = [ROW_TOKENS] * (size // ROW_TOKENS) + ([size % ROW_TOKENS] if size % ROW_TOKENS else [])
         sequences = self._open(len(lengths), context)
@@ -155,7 +171,12 @@ class _Scratch:
         plan = VerifyPlan(rows, size)
         by_id = {s.id: s for s in sequences}
 
+        launch = engine.runner.launcher(plan, by_id) if engine.ahead.can_run and size <= engine.runner.max_launched else None
+
         def step() -> None:
+            if launch is not None:
+                launch().read()
+                return
             result = engine.runner.forward(plan, by_id)
             judge(result.logits, [_item(s, row, first) for s, row, first in zip(sequences, rows, result.first_row, strict=True)])
 
@@ -177,11 +198,16 @@ class _Scratch:
         return seconds / size
 
     def draft_seconds(self, count: int, depth: int, context: int) -> float:
-        """Seconds of drafting ``depth`` tokens for ``count`` requests."""
+        """Seconds of drafting ``depth`` tokens for ``count`` requests; of a drafter that continues steps what a block takes behind one."""
         drafter = self.engine.drafter
         sequences = self._open(count, context)
-        self._teach(sequences, 0, context)
         ids = [s.id for s in sequences]
+        if self.engine.ahead.can_run and isinstance(drafter, ContinuesSteps):
+            rows = Continuations(ids, np.full(count, context), np.zeros(count, np.int64), np.arange(count))
+            seconds = _median_seconds(partial(_continue, drafter, rows))
+            self._close(sequences)
+            return seconds
+        self._teach(sequences, 0, context)
         self._teach(sequences, context, 1)
         seconds = _median_seconds(lambda: _use(drafter.collect(dict.fromkeys(ids, depth), 1.0)))
         drafter.close(ids)
@@ -234,6 +260,11 @@ class _Scratch:
 def _item(sequence: Sequence, row: PlanRow, first_row: int) -> JudgeItem:
     draft = sequence.draft.first(row.num_draft) if sequence.draft is not None and row.num_draft else None
     return JudgeItem(sequence.id, sequence.request.sampling, 0, (0,), (), draft, first_row, ())
+
+
+def _continue(drafter: ContinuesSteps, rows: Continuations) -> None:
+    drafter.continue_step(rows)
+    drafter.continued()
 
 
 def _use(result: object) -> None:

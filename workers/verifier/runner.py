@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -141,6 +141,22 @@ class Runner:
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""
+        inputs, first_row, num_scored = self._inputs(plan, sequences)
+        num_wanted = len(inputs.wanted)
+        spare = padded_size(num_wanted, self.target.device, self.target.dtype) - num_wanted
+        inputs = replace(inputs, wanted=[*inputs.wanted, *[0] * spare])
+        with nullcontext() if self.target.ranks is None else self.target.ranks.step(inputs):
+            output = self._model.run(inputs)
+        return StepResult(output.logits[:num_wanted], first_row, num_scored, output.taps, output.best)
+
+    def launcher(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> Callable[[], BestTokens]:
+        """The step of a plan, at most ``max_launched`` tokens, to be launched whenever it is called."""
+        inputs, _, _ = self._inputs(plan, sequences)
+        step = HostStep.of(inputs.ids, inputs.positions, inputs.slots, inputs.wanted, inputs.rows)
+        return lambda: self.launch(step)
+
+    def _inputs(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> tuple[StepInput, list[int], list[int]]:
+        """A plan on the flat token axis, and of each row its first row of logits and how many prompt tokens it scores."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -169,11 +185,7 @@ class Runner:
                 ids.extend(draft.tokens)
                 positions.extend(begin + row.num_known + depth for depth in depths(parents))
             slots.extend(self._slots(table, begin, end))
-        spare = padded_size(len(wanted), self.target.device, self.target.dtype) - len(wanted)
-        inputs = StepInput(ids, positions, slots, rows, wanted + [0] * spare, plan.token_bucket - len(ids))
-        with nullcontext() if self.target.ranks is None else self.target.ranks.step(inputs):
-            output = self._model.run(inputs)
-        return StepResult(output.logits[: len(wanted)], first_row, num_scored, output.taps, output.best)
+        return StepInput(ids, positions, slots, rows, wanted, plan.token_bucket - len(ids)), first_row, num_scored
 
     def keep_paths(self, plan: VerifyPlan, verdicts: Mapping[str, Verdict]) -> None:
         """Move the KV of accepted nodes to the positions that their tokens are committed to, wherever it is not there already.

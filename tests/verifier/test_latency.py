@@ -8,8 +8,11 @@ import math
 import pytest
 
 from dspark.workers.verifier.latency import (
+    AIM,
+    AMPLE,
     CATCH_UP,
     EFFICIENCY,
+    HASTE,
     INF,
     LEAST_PACE,
     MIN_CHUNK,
@@ -41,8 +44,8 @@ def test_a_tight_budget_makes_those_wait_who_can() -> None:
 
 @pytest.mark.parametrize("allowed", [0.005, 0.025, 0.045, INF])
 def test_what_a_choice_keeps(allowed: float) -> None:
-    """All cases of 4 requests, each urgent, able to wait or without a budget."""
-    kinds = [Stake(0, allowed, slack_s=0.0), Stake(0, allowed, slack_s=9.0), Stake(0)]
+    """All cases of 4 requests, each urgent, able to wait a little or without a budget."""
+    kinds = [Stake(0, allowed, slack_s=0.0), Stake(0, allowed, slack_s=0.2), Stake(0)]
     for stakes in itertools.product(kinds, repeat=4):
         chosen = choose_rows(stakes, seconds)
         took = [s for s, is_in in zip(stakes, chosen, strict=True) if is_in]
@@ -51,6 +54,26 @@ def test_what_a_choice_keeps(allowed: float) -> None:
         if len(took) < 4:
             assert seconds(len(took), 0) <= min(s.limit_s for s in took), "nobody waits for a budget that is not kept"
             assert len(took) / seconds(len(took), 0) >= EFFICIENCY * 4 / seconds(4, 0), "nor where much less would be done"
+
+
+def test_who_has_ample_time_makes_room_whatever_it_costs() -> None:
+    """Two in a hurry beside six that could wait for nine seconds: these fill what is left, and run together where nobody is in a hurry."""
+    patient = [Stake(0, allowed_s=2.0, slack_s=9.0, left_out=n) for n in range(6)]
+    assert choose_rows([Stake(0, 0.04, slack_s=0.0)] * 2 + patient, seconds) == [True] * 2 + [False] * 6
+    assert choose_rows([Stake(0, 0.06, slack_s=0.0)] * 2 + patient, seconds) == [True] * 2 + [False] * 5 + [True], "longest left out"
+    assert choose_rows(patient, seconds) == [True] * 6
+    late = [Stake(0, 0.01, slack_s=0.0)] * 2
+    assert choose_rows(late + patient, seconds) == [True] * 2 + [False] * 6, "the others are late, but less so"
+
+
+def test_nobody_with_a_budget_is_left_out_until_it_breaks() -> None:
+    """Left out again and again, a request with ample time takes part before its own time is up."""
+    tight, slack, steps = Stake(0, 0.03, slack_s=0.0), 9.0, 0
+    while not choose_rows([tight, tight, Stake(0, 2.0, slack_s=slack)], seconds)[2]:
+        slack -= seconds(2, 0)
+        steps += 1
+    assert steps > 100
+    assert slack > 20 * seconds(3, 0)
 
 
 def test_everybody_moves_in_turn() -> None:
@@ -67,17 +90,18 @@ def test_everybody_moves_in_turn() -> None:
 
 def test_a_stake_follows_the_average() -> None:
     assert stake(7, None, 5, 1.0, 2.0, 3) == Stake(7, expected=2.0, left_out=3)
-    on_time = stake(0, 50.0, 10, 0.5, 1.0, 0)
+    tpot_ms = 50.0 / AIM
+    on_time = stake(0, tpot_ms, 10, 0.5, 1.0, 0)
     assert on_time.allowed_s == pytest.approx(0.05)
     assert on_time.slack_s == pytest.approx(0.05)
-    ahead = stake(0, 50.0, 10, 0.2, 2.0, 0)
+    ahead = stake(0, tpot_ms, 10, 0.2, 2.0, 0)
     assert ahead.allowed_s == pytest.approx(0.1), "at most twice the budget"
     assert ahead.limit_s == pytest.approx(0.2)
     assert ahead.slack_s == pytest.approx(0.4)
-    behind = stake(0, 50.0, 10, 0.6, 1.0, 0)
+    behind = stake(0, tpot_ms, 10, 0.6, 1.0, 0)
     assert behind.allowed_s == pytest.approx(0.05 - 0.1 / CATCH_UP), "back on its pace within some tokens"
     assert behind.slack_s == 0.0
-    far_behind = stake(0, 50.0, 40, 2.9, 1.0, 0)
+    far_behind = stake(0, tpot_ms, 40, 2.9, 1.0, 0)
     assert far_behind.allowed_s == pytest.approx(0.05 * LEAST_PACE)
     assert math.isinf(stake(0, 50.0, 10, 0.8, 1.0, 0).allowed_s), "a missed budget makes nobody wait"
 
@@ -108,7 +132,17 @@ def test_chunks_grow_when_the_first_token_would_come_too_late() -> None:
         step = 0.04 + 0.001 * chunk
         return max(step / 0.1, math.ceil(400 / chunk) * step / 0.3)
 
-    chosen = chunk_tokens([Prefill(400, 0.3)], 0.04, 0.10, 0.001, 512)
+    chosen = chunk_tokens([Prefill(400, 0.3 / HASTE)], 0.04, 0.10, 0.001, 512)
     assert chosen == 120
     assert worst(chosen) == min(worst(c) for c in (60, 120, 240, 480, 512))
-    assert chunk_tokens([Prefill(400, 5.0)], 0.04, 0.10, 0.001, 512) == 60
+    assert chunk_tokens([Prefill(400, 0.9)], 0.04, 0.50, 0.001, 512) == 460
+
+
+def test_prompts_with_ample_time_wait_for_an_emptier_step() -> None:
+    """They fill what is left of 70 % of the step that those who decode allow, and let hurried ones pass."""
+    patient = Prefill(400, 5.0)
+    assert chunk_tokens([patient], 0.04, 0.12, 0.001, 512) == 43
+    assert chunk_tokens([patient], 0.08, 0.10, 0.001, 512) == 0
+    assert chunk_tokens([Prefill(50, 0.9), patient], 0.08, 0.10, 0.001, 512) == 50
+    assert chunk_tokens([Prefill(50, INF), patient], 0.08, 0.07, 0.001, 512) == 50, "those who decode are late in any case"
+    assert chunk_tokens([Prefill(400, 0.9 * AMPLE * 0.04)], 0.04, 0.10, 0.001, 512) == 60

@@ -12,7 +12,7 @@ from helpers.toy_tokenizers import byte_level
 
 from dspark.kernels.graphs import plain_calls
 from dspark.sampling import SamplingParams
-from dspark.types import Finish, Request, VerifyPlan
+from dspark.types import Finish, Request, StepOutcome, VerifyPlan
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.costs import CostTable, Curve, LiveCosts
 from dspark.workers.verifier.engine import Engine
@@ -192,6 +192,27 @@ def test_sampled_requests_are_drawn_on_the_device(target: Target) -> None:
     assert same(run(engine, mixed), run(make_engine(target), mixed))
     assert engine.ahead.launched > 2 * len(planned)
     assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_a_prompt_that_is_to_be_scored_does_not_join(target: Target) -> None:
+    """A step that is launched ahead has the logits of last tokens alone."""
+    long = greedy("long", PROMPTS["r2"], 60)
+    scored = Request("scored", tuple(PROMPTS["r1"]), SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=1))
+    wanted = run(make_engine(target), [long, scored])
+    engine = ahead(target)
+    engine.add(long)
+    while engine.ahead.launched < 5:
+        engine.step()
+    engine.add(scored)
+    outcomes: list[StepOutcome] = []
+    while engine.has_work:
+        outcomes += [outcome for outcome in engine.step() if outcome.request_id == "scored"]
+    assert [token for outcome in outcomes for token in outcome.tokens] == wanted["scored"].tokens
+    found, expected = outcomes[0].prompt_logprobs, wanted["scored"].outcomes[0].prompt_logprobs
+    assert found is not None
+    assert expected is not None
+    assert [one and one.token_id for one in found] == [one and one.token_id for one in expected]
+    assert len(found) == len(PROMPTS["r1"])
 
 
 def _count_plans(engine: Engine) -> list[VerifyPlan]:

@@ -70,8 +70,9 @@ class Sequence:
 
     @property
     def takes_own(self) -> bool:
-        """Whether its next token follows from the target's logits as they are: nothing edited, nothing scored."""
-        return self.is_plain and self.request.sampling.min_tokens <= len(self._output)
+        """Whether its next token follows from the target's logits as they are: nothing edited, nothing scored, its prompt neither."""
+        is_scored = self.first_s is None and self.wants_prompt_logprobs
+        return self.is_plain and not is_scored and self.request.sampling.min_tokens <= len(self._output)
 
     @property
     def takes_best(self) -> bool:

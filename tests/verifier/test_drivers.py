@@ -19,6 +19,7 @@ from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.aside import Aside
 from dspark.workers.verifier.costs import CostTable, Curve
 from dspark.workers.verifier.draft_planner import LAG, DraftPlanner
+from dspark.workers.verifier.latency import AIM
 from dspark.workers.verifier.planner import best_count, rank
 from dspark.workers.verifier.targets import Target
 
@@ -69,10 +70,10 @@ def test_latency_budgets_change_no_text(target: Target) -> None:
 
 
 def test_a_tight_budget_makes_others_sit_out(target: Target) -> None:
-    """Costs say 1 s a step and 0.2 s a row: one request with 1.3 s a token leaves room for one other request at a time."""
+    """Costs say 1 s a step and 0.2 s a row: one request that aims at 1.3 s a token leaves room for one other request at a time."""
     ticks = iter(np.arange(0.0, 1e6, 0.4))
     engine = make_engine(target, costs=STEEP_ROWS, clock=lambda: float(next(ticks)))
-    tight = Request("tight", (5, 6, 7), SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True), LatencyBudget(None, 1300.0))
+    tight = Request("tight", (5, 6, 7), SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True), LatencyBudget(None, 1300.0 / AIM))
     results = run(engine, [tight, *(greedy(f"loose{i}", [9 + i, 8, 7], 16) for i in range(5))])
     assert engine.scheduler.counters.left_out > 0
     assert all(len(result.tokens) == 16 for result in results.values())

@@ -17,7 +17,6 @@ import triton.language as tl
 
 from dspark.kernels.random_triton import exponential, row_key, uniform
 
-GREEDY = tl.constexpr(0)
 RATIO = tl.constexpr(2)
 TOKEN = tl.constexpr(0)
 ACCEPT = tl.constexpr(1)

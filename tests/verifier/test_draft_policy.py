@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -55,6 +56,16 @@ def test_depth_is_the_best_of_all() -> None:
             best = {d: max(value(d, k) for k in range(rows * d + 1)) for d in range(1, GAMMA + 1)}
             expected = max(best, key=lambda d: (best[d], -d)) if max(best.values()) > rows * 1.01 else 0
             assert taught(confidence).depth(look(rows, table(draft_s, deeper_s), linear(1.0, token))) == expected
+
+
+def test_drafts_that_are_verified_whole_are_judged_whole() -> None:
+    """Where half of the requests can be drafted for, and a plan would verify what is drafted for them alone."""
+    for token, planned, whole in ((0.1, 7, 3), (0.2, 3, 0)):
+        seen = look(4, table(0.1, 0.0), linear(1.0, token))()
+        for verifies_all, depth in ((False, planned), (True, whole)):
+            policy = DraftPolicy(GAMMA)
+            policy.observe(np.concatenate([survival(0.95, 32), survival(0.05, 32)]))
+            assert policy.depth(lambda: dataclasses.replace(seen, verifies_all=verifies_all)) == depth  # noqa: B023
 
 
 def test_plain_decoding_comes_and_goes_with_the_load() -> None:

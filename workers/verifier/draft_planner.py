@@ -121,7 +121,7 @@ class DraftPlanner:
             plain_s = plain_s if self.runs_ahead else plain_s + host_s
         drafted_context = context * num_drafting // len(rows)
         drafting = [costs.table.draft_seconds(num_drafting, depth, drafted_context) for depth in range(1, self.policy.block_size + 1)]
-        return Outlook(len(rows), num_drafting, plain_s, seconds * factor, np.array(drafting) * factor)
+        return Outlook(len(rows), num_drafting, plain_s, seconds * factor, np.array(drafting) * factor, verifies_all=self.runs_ahead)
 
     def typical_seconds(self, num_rows: int, context: int) -> float:
         """Seconds of drafting and verifying for that many requests with as many drafts each as the last steps had; 0 without a table."""

@@ -31,6 +31,7 @@ class Outlook:
     """What a step of ``num_rows`` requests costs, of which ``num_drafting`` may draft.
 
     ``plain_s`` without drafts; ``seconds`` [k + 1] with 0 .. k drafted tokens to verify; ``drafting`` [γ] of depths 1 .. γ.
+    ``verifies_all``: no plan will choose among the drafts, all of them are verified.
     """
 
     num_rows: int
@@ -38,6 +39,7 @@ class Outlook:
     plain_s: float
     seconds: Floats
     drafting: Floats
+    verifies_all: bool = False
 
 
 @dataclass(slots=True)
@@ -137,7 +139,8 @@ class DraftPolicy:
         best_depth, best = 0, plain * (1 + MIN_GAIN)
         for depth in range(1, self.block_size + 1):
             expected = num_rows + _accepted(ranking.down_to(depth).survival, share)[: len(seconds)]
-            value = float(np.max(expected / (seconds[: len(expected)] + outlook.drafting[depth - 1])))
+            values = expected / (seconds[: len(expected)] + outlook.drafting[depth - 1])
+            value = float(values[-1] if outlook.verifies_all else values.max())
             if value > best:
                 best_depth, best = depth, value
         self.gain = best / plain

@@ -35,6 +35,7 @@ from dspark.bench.server_process import free_port, running, serve_command
 from dspark.bench.survival_replay import FULL, ReplayPlan, run_replay
 from dspark.bench.sweep import Held, make_levels
 from dspark.bench.synthetic import SyntheticAcceptance
+from dspark.bench.tempo import Tempo
 from dspark.bench.topologies import TopologiesPlan, Topology, arrange, run_topologies
 from dspark.bench.widen import Shape
 from dspark.errors import ConfigError
@@ -67,12 +68,15 @@ def _offline(args: argparse.Namespace) -> int:
         raise ConfigError("--resume reads the file that --json names, and there is none")
     held = Held(read_lines([args.json])) if args.resume and args.json.exists() else None
     folder = args.model or _embedded_model()
-    source = Source(args.model, folder, args.drafter, max(args.concurrency), args.max_model_len, args.kv_tokens, plan.synthetic)
+    tempo = Tempo() if args.steady else None
+    source = Source(args.model, folder, args.drafter, max(args.concurrency), args.max_model_len, args.kv_tokens, plan.synthetic, tempo)
     encode = _chat_encoder(folder)
     is_lossless = not checks or check_lossless(plan, source.open, encode)
     if not args.check_only:
         with _json_out(args.json) as out:
             run_offline(plan, source.open, encode, out, held)
+        if tempo is not None:
+            print(tempo.summary())
     return 0 if is_lossless else 1
 
 
@@ -93,7 +97,7 @@ def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
         max_prompt_tokens=args.max_prompt_tokens,
         ignore_eos=args.ignore_eos,
         synthetic=synthetic,
-        steady_s=args.steady or 0.0,
+        steady=args.steady,
     )
 
 

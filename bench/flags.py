@@ -109,8 +109,8 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=_positive, metavar="N", help="default: the model's")
     parser.add_argument("--kv-tokens", type=_positive, metavar="N", help="KV pool of each engine (default: from free memory)")
     parser.add_argument("--resume", action="store_true", help="skip points that the --json file holds for this machine and commit")
-    steady = "wait up to S seconds a turn until the CPU is as fast as it was before, and measure disturbed turns again (default: neither)"
-    parser.add_argument("--steady", type=_positive, metavar="S", help=steady)
+    steady = "tell times as they would be if the CPU never changed its speed, from work that is always the same, done between steps"
+    parser.add_argument("--steady", action="store_true", help=steady)
     parser.add_argument(
         "--synthetic-acceptance",
         metavar="CURVE",

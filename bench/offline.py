@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +21,6 @@ from dspark.bench.prompt_sets import load_set, take
 from dspark.bench.records import SYNTHETIC, Contender, Identity, OfflineRecord, Origin, Point, Work, make_record
 from dspark.bench.report import report
 from dspark.bench.runners import Prompts, Run, Runner, Settings
-from dspark.bench.steadiness import Steadiness
 from dspark.bench.sweep import Held, Level, Remaining, as_time
 from dspark.bench.synthetic import SyntheticAcceptance
 from dspark.bench.tables import Column, Table
@@ -57,8 +55,8 @@ COLUMNS = [
 class OfflinePlan:
     """A whole run of ``dspark bench offline``.
 
-    ``synthetic``: the acceptance forced on all that draft; None: what they reach. ``steady_s``: see ``steadiness.py``; 0: turns count
-    however disturbed.
+    ``synthetic``: the acceptance forced on all that draft; None: what they reach. ``steady``: the runners tell steady seconds
+    (``tempo.py``).
     """
 
     modes: tuple[BenchMode, ...]
@@ -72,7 +70,7 @@ class OfflinePlan:
     max_prompt_tokens: int = 1200
     ignore_eos: bool = False
     synthetic: SyntheticAcceptance | None = None
-    steady_s: float = 0.0
+    steady: bool = False
 
     @property
     def points(self) -> list[tuple[Level, Point]]:
@@ -86,7 +84,7 @@ class OfflinePlan:
 
     def work(self, level: Level) -> Work:
         # Forced text ends nowhere in particular: only answers of one length cost the same in all modes.
-        return Work(level.requests, level.max_tokens, self.ignore_eos or self.synthetic is not None, self.repeats)
+        return Work(level.requests, level.max_tokens, self.ignore_eos or self.synthetic is not None, self.repeats, self.steady)
 
 
 def run_offline(
@@ -103,7 +101,6 @@ def run_offline(
         print(f"{SYNTHETIC}: acceptance is not the drafter's, it is forced to {plan.synthetic.text}; the text is worthless", flush=True)
     table, remaining = Table(COLUMNS), Remaining([level for level, _ in plan.points])
     prompts: dict[str, list[list[int]]] = {}
-    steadiness = Steadiness(plan.steady_s) if plan.steady_s else None
     records: list[Mapping[str, Any]] = []
     with opened(open_runners, plan.modes, plan.dtype) as runners:
         for level, point in plan.points:
@@ -116,7 +113,7 @@ def run_offline(
             if point.prompt_set not in prompts:
                 prompts[point.prompt_set] = encoded_set(plan, point.prompt_set, encode)
             started = time.perf_counter()
-            runs = measure_point(plan, level, point, prompts[point.prompt_set], runners, steadiness)
+            runs = measure_point(plan, level, point, prompts[point.prompt_set], runners)
             remaining.took(time.perf_counter() - started)
             found = [make_record(identities[contender], repeats) for contender, repeats in runs.items()]
             _print_rows(table, list(runs), found)
@@ -127,8 +124,6 @@ def run_offline(
             records += written
             if left_s := remaining.seconds():
                 print(f"about {as_time(left_s)} left", file=sys.stderr, flush=True)
-    if steadiness is not None:
-        print(steadiness.summary())
     print()
     report(records)
     return records
@@ -183,7 +178,6 @@ def measure_point(
     point: Point,
     prompts: Sequence[list[int]],
     runners: Mapping[BenchMode, Runner],
-    steadiness: Steadiness | None = None,
 ) -> dict[Contender, list[Run]]:
     """All repeats of all contenders at a point, interleaved, after a short warm-up of each."""
     work: Prompts = take(prompts, level.requests)
@@ -195,8 +189,7 @@ def measure_point(
     for repeat in range(plan.repeats):
         for contender in rotated(everyone, repeat):
             settings = Settings(level.max_tokens, point.temperature, contender.rule, plan.work(level).ignore_eos)
-            turn = partial(runners[contender.mode].run, work, level.concurrency, settings)
-            runs[contender].append(turn() if steadiness is None else steadiness.steady(turn))
+            runs[contender].append(runners[contender.mode].run(work, level.concurrency, settings))
     return runs
 
 

@@ -27,12 +27,13 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every contender of a point has to do, ``repeats`` times."""
+    """What every contender of a point has to do, ``repeats`` times. ``steady``: all times are in steady seconds (``tempo.py``)."""
 
     requests: int
     max_tokens: int
     ignore_eos: bool
     repeats: int
+    steady: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Identity:
     max_tokens: int
     ignore_eos: bool
     repeats: int
+    steady: bool
     machine: str
     commit: str
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,8 @@ from dspark import LLM, SamplingParams, __version__
 from dspark.bench.metrics import Timeline
 from dspark.bench.modes import TRANSFORMERS, BenchMode
 from dspark.bench.synthetic import SyntheticAcceptance, force
+from dspark.bench.tempo import Tempo
+from dspark.errors import ConfigError
 from dspark.sampling import AcceptanceRule
 from dspark.types import Mode, Speculation
 
@@ -94,12 +97,18 @@ class Runner(Protocol):
 
 
 class EngineRunner:
-    """Our engine in one mode. Runners of several modes may share one ``llm``: the mode goes with every request."""
+    """Our engine in one mode. Runners of several modes may share one ``llm``: the mode goes with every request.
 
-    def __init__(self, llm: LLM, speculation: Speculation) -> None:
+    ``tempo``: tell all times in steady seconds; ConfigError if the engine is not on the CPU.
+    """
+
+    def __init__(self, llm: LLM, speculation: Speculation, tempo: Tempo | None = None) -> None:
+        if tempo is not None and (device := llm.engine.target.device).type != "cpu":
+            raise ConfigError(f"--steady times work of a CPU, and the engine is on {device}")
         self.engine = f"dspark-{__version__}"
         self.llm = llm
         self.speculation = speculation
+        self._tempo = tempo
         speculates = speculation.mode is not Mode.OFF
         self.drafter = llm.config.drafter if speculates else "none"
         self.block_size = int(llm.describe()["draft_block_size"]) if speculates else 0
@@ -110,12 +119,15 @@ class EngineRunner:
             max_tokens=settings.max_tokens, temperature=settings.temperature, acceptance=settings.rule, ignore_eos=settings.ignore_eos
         )
         before = self.llm.stats()
-        started = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, speculation=str(self.speculation), max_concurrency=concurrency)
-        seconds = time.perf_counter() - started
+        with nullcontext() if self._tempo is None else self._tempo.watching(self.llm.engine):
+            started = time.perf_counter()
+            outputs = self.llm.generate(prompts, params, speculation=str(self.speculation), max_concurrency=concurrency)
+            ended = time.perf_counter()
         self.llm.rest()
         counts = _counts(before, self.llm.stats(), sum(output.choices[0].accepted for output in outputs))
-        return Run(tuple(map(_timeline, outputs)), tuple(output.token_ids for output in outputs), seconds, counts)
+        at: Callable[[float], float] = (lambda moment_s: moment_s) if self._tempo is None else self._tempo.at
+        timelines = tuple(_timeline(output, at) for output in outputs)
+        return Run(timelines, tuple(output.token_ids for output in outputs), at(ended) - at(started), counts)
 
     def close(self) -> None:
         """Stop the engine."""
@@ -136,9 +148,10 @@ def _counts(before: Mapping[str, float], after: Mapping[str, float], accepted: i
     )
 
 
-def _timeline(output: RequestOutput) -> Timeline:
-    arrivals = output.choices[0].arrivals_s
-    return Timeline(output.submitted_at, tuple(output.submitted_at + arrival for arrival in arrivals), len(output.token_ids))
+def _timeline(output: RequestOutput, at: Callable[[float], float]) -> Timeline:
+    sent_s = output.submitted_at
+    arrivals = tuple(at(sent_s + arrival) for arrival in output.choices[0].arrivals_s)
+    return Timeline(at(sent_s), arrivals, len(output.token_ids))
 
 
 class TransformersRunner:
@@ -218,23 +231,26 @@ class Source:
     max_model_len: int | None = None
     kv_tokens: int | None = None
     synthetic: SyntheticAcceptance | None = None
+    tempo: Tempo | None = None
 
     def open(self, modes: Sequence[BenchMode], dtype: str) -> dict[BenchMode, Runner]:
         """A runner for every mode: an engine without a drafter and one shared by all modes that speculate, both for each
         driver, and one baseline.
 
-        The prefix cache is off: repeats of a prompt shall cost what the first one cost.
+        The prefix cache is off: repeats of a prompt shall cost what the first one cost. ConfigError if ``tempo`` does not fit.
         """
         shared: dict[tuple[bool, str], LLM] = {}
         runners: dict[BenchMode, Runner] = {}
         for mode in modes:
             if mode.speculation is None:
+                if self.tempo is not None:
+                    raise ConfigError(f"--steady watches our own engine: leave {mode.label} out of --modes")
                 runners[mode] = TransformersRunner(self.folder, dtype)
                 continue
             alike = (mode.uses_drafter, mode.driver)
             if alike not in shared:
                 shared[alike] = self._engine([other for other in modes if (other.uses_drafter, other.driver) == alike], dtype)
-            runners[mode] = EngineRunner(shared[alike], mode.speculation)
+            runners[mode] = EngineRunner(shared[alike], mode.speculation, self.tempo)
         return runners
 
     def _engine(self, modes: Sequence[BenchMode], dtype: str) -> LLM:

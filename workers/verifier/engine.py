@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark.errors import BadRequest, Overloaded
 from dspark.kernels.buckets import pad_rows
+from dspark.kv_blocks import KeepsBlocks
 from dspark.types import (
     Drafter,
     DraftsAhead,
@@ -50,6 +51,7 @@ from dspark.workers.verifier.shape_policy import ShapePolicy
 from dspark.workers.verifier.survival import SurvivalEstimator, make_estimator
 from dspark.workers.verifier.targets import Target
 from dspark.workers.verifier.text import TextStream
+from dspark.workers.verifier.untold import Advance, Untold
 
 Judge = Callable[[Tensor, Seq[JudgeItem]], list[Verdict]]
 
@@ -66,15 +68,6 @@ class EngineOptions:
     auto_trees: bool = False  # adaptive requests may get trees at few streams
     overlapped: bool = False  # host work of a step under the next forward, budgets from confidences two steps old
     graphs: GraphOptions | None = None  # steps from graphs; the runner must then be prepared
-
-
-@dataclass(frozen=True, slots=True)
-class Advance:
-    """One row's tokens that got KV for good: those at ``rows`` of the step's token axis, at positions ``start`` on."""
-
-    sequence: Sequence
-    rows: Seq[int]
-    start: int
 
 
 @dataclass(slots=True)
@@ -139,6 +132,8 @@ class Engine:
         self.on_step: Callable[[VerifyPlan, StepTimes], None] | None = None  # hears of every step when it is judged
         self.aside = Aside()
         self._ships_features = bool(drafter.taps) and getattr(drafter, "feed", None) is None
+        self._untold = Untold()
+        self._tells_late = self._ships_features and isinstance(drafter, KeepsBlocks) and not isinstance(drafter, DraftsAhead)
         can_run_ahead = options.overlapped and not self._ships_features
         self.ahead = RunAhead(self.runner, self.scheduler, pool, options.max_model_len, can_run_ahead, Gate(clock))
         self.drafts.runs_ahead, self.drafts.max_launched = self.ahead.can_run, self.runner.max_launched
@@ -221,6 +216,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drop a request; its blocks go back at once. Unknown ids (already ended) are fine."""
         if (sequence := self.sequences.get(request_id)) is not None:
+            self.catch_up()
             self.forget([sequence])
 
     def step(self) -> list[StepOutcome]:
@@ -444,14 +440,19 @@ class Engine:
         Of requests that ended as well: their last blocks are in the prefix cache, and must be whole for the drafter too.
         ``depth``: how deep to draft; None: not decided yet. ``may_draft``: whether any of them is to.
         """
+        going = [s for s in self.scheduler.running if s not in ended]
+        depth = self.drafts.depth(going) if depth is None else depth
+        self.tree_nodes = self.shapes.nodes(len(going))
+        if taps is not None and not ended and self._can_wait(going, depth) and self._untold.keep(advances, taps):
+            for advance in advances:
+                advance.sequence.draft_depth = advance.sequence.drafts_wanted = 0
+            return
+        advances, taps = self._untold.join(advances, taps)
         features: list[Tensor | None] = [None] * len(advances)
         if taps is not None and advances and self._ships_features:
             rows = [row for advance in advances for row in advance.rows]
             projected = self.drafter.project(pad_rows(taps[rows]))[: len(rows)]
             features = list(projected.split([len(advance.rows) for advance in advances]))
-        going = [s for s in self.scheduler.running if s not in ended]
-        depth = self.drafts.depth(going) if depth is None else depth
-        self.tree_nodes = self.shapes.nodes(len(going))
         room = self.drafts.most_drafting
         turns = []
         for advance, feature in zip(advances, features, strict=True):
@@ -479,6 +480,20 @@ class Engine:
             )
             sequence.num_taught = sequence.num_known
         self.drafter.propose(turns)
+
+    def _can_wait(self, going: Seq[Sequence], depth: int) -> bool:
+        """Whether a drafter that keeps its context under the target's block ids need not hear of a plain step at once.
+
+        It must before a request ends or loses its place: its blocks may be found again.
+        """
+        if depth or not self._tells_late or self.pool.num_free < 2 * len(going):
+            return False
+        return all(s.speculation.mode is Mode.ADAPTIVE or not s.max_draft(self.drafter.block_size) for s in going)
+
+    def catch_up(self) -> None:
+        """Tell the drafter what it was not told yet."""
+        if self._untold:
+            self._propose([], [], None, 0, may_draft=False)
 
     def _draft_depth(self, sequence: Sequence, depth: int) -> int:
         """How many tokens deep to draft; ``depth`` is the policy's answer for adaptive verification."""

@@ -112,6 +112,7 @@ class EngineExchange:
         self.layout = KVLayout(identity, engine.pool.block_size, self._pools.parts)
         self.device = str(engine.target.device)
         self.counters = TransferCounters()
+        self._engine = engine
         self._pool = engine.pool
         self._on_engine = on_engine
         self._has_cache = engine.options.limits.prefix_cache
@@ -159,6 +160,7 @@ class EngineExchange:
         }
 
     def _give(self, hashes: Sequence[bytes], first: int, on_device: bool) -> KVBlocks:
+        self._engine.catch_up()
         blocks = self._pools.give(hashes, first, on_device)
         self.counters.given_blocks += blocks.count
         self.counters.given_bytes += blocks.num_bytes

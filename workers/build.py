@@ -330,7 +330,7 @@ def _module(config: EngineConfig, target: Target) -> DSparkModule | Eagle3Module
     if name in ("none", "ngram"):
         return None
     module = load_drafter(Path(name), target_head(target), target.dtype, target.device)
-    if isinstance(module, DSparkModule) and uses_graphs(config, target):
+    if isinstance(module, DSparkModule):
         fuse_layers(module)
     return module
 

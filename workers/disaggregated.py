@@ -128,9 +128,9 @@ def load_draft_worker(config: EngineConfig, kv_tokens: int | None = None, progre
 def _worker_drafter(config: EngineConfig, module: DSparkModule, pool: BlockPool, progress: Progress) -> LocalDrafter:
     """Drafts from graphs on a GPU, unless ``graph_tokens`` is 0. ConfigError if they do not fit."""
     device = module.fc.weight.device
+    fuse_layers(module)
     if device.type != "cuda" or not config.graph_tokens:
         return LocalDrafter(module, pool, law_width=config.draft_law_width or LAW_WIDTH)
-    fuse_layers(module)
     progress("capturing the drafter's graphs")
     try:
         drafter = GraphWorkerDrafter(module, pool, config.draft_law_width or LAW_WIDTH, config.max_num_seqs, module.config.max_positions)

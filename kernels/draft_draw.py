@@ -33,6 +33,8 @@ def truncate_law(logits: Tensor, temperature: Tensor, width: int) -> tuple[Tenso
     """
     values, ids = largest(logits, min(width, logits.shape[1]))
     values = values.to(torch.float32)
+    if values.shape[1] == 1:
+        return ids, torch.ones_like(values)
     scale = temperature.to(torch.float32).clamp(min=MIN_TEMPERATURE)[:, None]
     probs = torch.softmax((values - values[:, :1]) / scale, dim=-1)
     one_hot = torch.zeros_like(probs)
@@ -62,6 +64,8 @@ def draw(ids: Tensor, probs: Tensor, seeds: Tensor, positions: Tensor, base_lens
     Coupled rows use the target's noise at the position; ratio rows use noise of their own, salted with the round's
     base_len so that a position drafted again draws afresh.
     """
+    if ids.shape[1] == 1:
+        return ids[:, 0]
     purpose = torch.where(coupled, TOKEN, DRAFT)
     salt = torch.where(coupled, 0, base_lens)
     columns = race(probs, seeds, positions, purpose, ids, salt)

@@ -26,7 +26,7 @@ from dspark.workers.drafter.paged_context import DraftPools, PagedContext, block
 from dspark.workers.drafter.tree_draw import TreeRows, draw_trees
 
 CPU_HEAD_TOP_K = 512
-NARROW_WIDTH = 64  # for greedy requests and for trees, which look at many laws
+NARROW_WIDTH = 64  # for trees, which look at many laws
 Module = TypeVar("Module", bound=GraftedModule)
 
 
@@ -138,8 +138,8 @@ class GraftedDrafter(ABC, Generic[Module]):
         return chains
 
     def _width(self, states: Sequence[State]) -> int:
-        """Ids that support each law; greedy requests need no more than their first ones."""
-        return min(self._law_width, NARROW_WIDTH) if all(state.sampling.is_greedy for state in states) else self._law_width
+        """Ids that support each law; greedy requests need no more than the first one."""
+        return 1 if all(state.sampling.is_greedy for state in states) else self._law_width
 
     def _draw_rows(self, states: Sequence[State]) -> DrawRows:
         return DrawRows(

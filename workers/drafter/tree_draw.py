@@ -113,6 +113,7 @@ class _Builder:
         draw = rows.draw
         self.is_greedy = (draw.temperature == 0).view(-1, 1, 1)
         self.is_exact = self.is_greedy | draw.coupled.view(-1, 1, 1)
+        self.draws = hidden.is_cuda or not bool(self.is_greedy.all())  # to ask a GPU would take longer than to draw
         self.heat = torch.where(draw.temperature == 0, 1.0, draw.temperature)
         self.levels: list[_Level] = []
 
@@ -150,8 +151,10 @@ class _Builder:
             local = chosen.unsqueeze(1).expand(-1, num_parents, -1).gather(2, local)
         ids = target_ids(self.module, local)
         draw = self.rows.draw
-        raced = race_order(ids, probs, draw.seeds, draw.base_lens + depth, draw.coupled, nodes.salts)
-        keys = torch.where(self.is_greedy, probs, raced)
+        keys = probs
+        if self.draws:
+            raced = race_order(ids, probs, draw.seeds, draw.base_lens + depth, draw.coupled, nodes.salts)
+            keys = torch.where(self.is_greedy, probs, raced)
         values, columns = keys.topk(min(self.num_nodes, keys.shape[-1]), dim=-1)
         margin = log_odds(logits)
         chance = self._chances(self._confidence(depth, nodes.tokens, margin), keys, values)

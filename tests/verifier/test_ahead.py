@@ -261,9 +261,13 @@ def test_plain_steps_teach_their_own_cost() -> None:
 
 def test_the_hosts_work_counts_where_it_cannot_hide() -> None:
     costs = LiveCosts(CostTable(Curve((1, 64), (1.0, 4.0))), 64)
-    assert costs.host_seconds(10) == 0.0
+    assert costs.host_seconds(10, drafted=True) == 0.0
     for _ in range(200):
-        costs.observe_host(10, 2e-3)
-    assert costs.host_seconds(10) == pytest.approx(2e-3)
-    costs.observe_host(10, 100.0)
-    assert costs.host_seconds(10) < 3e-3, "one disturbance is not believed"
+        costs.observe_host(10, 2e-3, drafted=True)
+    assert costs.host_seconds(10, drafted=True) == costs.host_seconds(10, drafted=False) == pytest.approx(2e-3)
+    for _ in range(200):
+        costs.observe_host(10, 1e-3, drafted=False)
+    assert costs.host_seconds(20, drafted=False) == pytest.approx(2e-3)
+    assert costs.host_seconds(10, drafted=True) == pytest.approx(2e-3)
+    costs.observe_host(10, 100.0, drafted=True)
+    assert costs.host_seconds(10, drafted=True) < 3e-3, "one disturbance is not believed"

@@ -149,7 +149,7 @@ class LiveCosts:
         self._draft = Correction(measured.draft.sizes)
         self._plain = Correction(measured.verify.sizes)
         self._plain_curve: Curve | None = None
-        self._host_row_s = 0.0
+        self._host_row_s: dict[bool, float] = {}  # by whether the round drafted
         self._flown: dict[int, float] = {}  # logarithms of factors, by the number of rows in bits
         self._num_observed = 0
         self._set_dense()
@@ -188,14 +188,16 @@ class LiveCosts:
             return self.table.step_seconds(num_tokens, context_tokens)
         return self._plain_curve(num_tokens) + self.table.verify_context_s * context_tokens
 
-    def observe_host(self, num_rows: int, seconds: float) -> None:
-        """Between the verdicts of a round and the next one, with nothing on the device, the host took ``seconds`` for so many requests."""
+    def observe_host(self, num_rows: int, seconds: float, drafted: bool) -> None:
+        """Between the verdicts of a round, which ``drafted`` or not, and the next one the host took ``seconds`` for so many requests."""
         row_s = min(seconds / num_rows, LONGEST_HOST_ROW_S)
-        self._host_row_s += (HOST_RATE if self._host_row_s else 1.0) * (row_s - self._host_row_s)
+        before_s = self._host_row_s.get(drafted)
+        self._host_row_s[drafted] = row_s if before_s is None else before_s + HOST_RATE * (row_s - before_s)
 
-    def host_seconds(self, num_rows: int) -> float:
-        """What to expect of it; 0 where it is not measured."""
-        return self._host_row_s * num_rows
+    def host_seconds(self, num_rows: int, drafted: bool) -> float:
+        """What to expect of it, of rounds of the other kind where none of this kind was seen; 0 where it is not measured."""
+        known = self._host_row_s
+        return known.get(drafted, known.get(not drafted, 0.0)) * num_rows
 
     def observe_flown(self, num_rows: int, depth: int, context_tokens: int, seconds: float) -> None:
         """A round of whole chains that was launched ahead took ``seconds`` from the end of the one before.

@@ -116,9 +116,8 @@ class DraftPlanner:
         if self.runs_ahead:  # the host's work lies under such steps
             plain_s, factor = costs.plain_seconds(len(rows), context), costs.flown_factor(len(rows))
         if factor is None:
-            host_s = costs.host_seconds(len(rows))
-            seconds, factor = seconds + host_s, 1.0
-            plain_s = plain_s if self.runs_ahead else plain_s + host_s
+            seconds, factor = seconds + costs.host_seconds(len(rows), drafted=True), 1.0
+            plain_s = plain_s if self.runs_ahead else plain_s + costs.host_seconds(len(rows), drafted=False)
         drafted_context = context * num_drafting // len(rows)
         drafting = [costs.table.draft_seconds(num_drafting, depth, drafted_context) for depth in range(1, self.policy.block_size + 1)]
         return Outlook(len(rows), num_drafting, plain_s, seconds * factor, np.array(drafting) * factor, verifies_all=self.runs_ahead)
@@ -142,7 +141,7 @@ class DraftPlanner:
         # an early stop would stop in front of every stair
         with_padding = shares.is_unbiased or self.looks_back
         seconds = shares.seconds(costs, num_whole + min(left, survival.size), with_padding)[num_whole:]
-        seconds += costs.host_seconds(num_rows)
+        seconds += costs.host_seconds(num_rows, drafted=True)
         count = self._count(ranking, num_rows, seconds, shares.is_unbiased)
         if shares.num_limited and shares.places:
             count = self._count_within(ranking, survival, num_rows, seconds + draft_s, _pace(shares, costs), count, shares.is_unbiased)

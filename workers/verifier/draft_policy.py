@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dspark.workers.verifier.costs import Floats
-from dspark.workers.verifier.planner import MIN_GAIN, rank
+from dspark.workers.verifier.planner import rank
 
 KEPT_ROWS = 256  # recent drafts that stand for the next ones
 DECIDE_EVERY, DECIDE_S = 4, 0.01  # steps, and seconds of plain ones, from one decision to the next: it costs more than a plan
@@ -23,6 +23,7 @@ LOOK_ROWS = 8  # requests that draft in such a look
 LOOK_WEIGHT = 8  # rows that each of them stands for
 LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts are shorter
 MAX_REST = 16  # rounds a request sits out at most
+MIN_GAIN = 0.03  # predicted: the best of many predictions is too good by about as much
 LEARN = 0.02  # of a mean confidence, for each draft seen
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from dspark.workers.verifier.speed import Speed
 
-TRY_EVERY, TRY_FOR = 192, 6  # steps between two tries of the other kind, and their length
-MIN_STEPS = 24.0  # of both kinds before one can replace the other
+TRY_EVERY, TRY_FOR = 96, 6  # steps from one try of the other kind to the next, and its length
+MOST_EVERY = 4 * TRY_EVERY
+MIN_STEPS = 12.0  # of both kinds before one can replace the other
 BETTER = 1.03
-CLEAR_GAIN = 1.5  # predicted; above it plain decoding is not tried
+CLEAR_GAIN = 1.25  # predicted; above it plain decoding is not tried
 
 
 @dataclass(slots=True)
@@ -25,18 +26,29 @@ class _Level:
     uses_drafts: bool = True
     drafting: Speed = field(default_factory=Speed)
     plain: Speed = field(default_factory=Speed)
-    step: int = 0
+    every: int = TRY_EVERY
+    step: int = 0  # since the last try
 
     def next_drafts(self, is_close: bool) -> bool:
         self.step += 1
-        tries = self.step % TRY_EVERY >= TRY_EVERY - TRY_FOR
+        tries = self.step > self.every - TRY_FOR
+        if self.step == self.every:
+            used, other = self._kinds
+            is_clear = min(used.steps, other.steps) >= MIN_STEPS and used.tokens_per_s > BETTER * other.tokens_per_s
+            self.step, self.every = 0, min(2 * self.every, MOST_EVERY) if is_clear else TRY_EVERY
         return not (tries and is_close) if self.uses_drafts else tries
 
     def settle(self) -> None:
         """Change to the other kind if it is clearly faster."""
-        used, other = (self.drafting, self.plain) if self.uses_drafts else (self.plain, self.drafting)
+        used, other = self._kinds
         if min(used.steps, other.steps) >= MIN_STEPS and other.tokens_per_s > BETTER * used.tokens_per_s:
             self.uses_drafts = not self.uses_drafts
+            self.step, self.every = 0, TRY_EVERY
+
+    @property
+    def _kinds(self) -> tuple[Speed, Speed]:
+        """The kind that is used, and the other one."""
+        return (self.drafting, self.plain) if self.uses_drafts else (self.plain, self.drafting)
 
 
 class DraftWorth:

@@ -354,8 +354,8 @@ class Engine:
         self.counters.step_seconds += times.verify_s
         self.counters.predicted_seconds += predicted_s + costs.table.prefill_s * record.num_prefill
         if not record.num_prefill:
-            if self.ahead.can_run and times.num_drafting and times.before_s:
-                costs.observe_host(record.num_rows, times.begin_s - times.before_s)
+            if times.before_s:
+                costs.observe_host(record.num_rows, times.begin_s - times.before_s, times.num_drafting > 0)
             costs.observe_verify(record.num_tokens, record.context, times.verify_s)
             if times.num_drafting == record.num_rows:
                 self.shapes.observe(record.num_rows, record.tree_nodes, record.num_committed, times.judged_s - times.begin_s)

@@ -78,9 +78,14 @@ class DraftPlanner:
         else:
             self.policy.pass_over()
 
+    def observe_step(self, num_rows: int, was_drafting: bool, num_tokens: int, context: int, seconds: float) -> None:
+        """A decode step of these rows over ``context`` positions brought ``num_tokens``, ``seconds`` after the one before."""
+        a_token_s = 1.0 if self.costs is None else self.costs.plain_seconds(num_rows, context) / num_rows
+        self.worth.observe(num_rows, was_drafting, num_tokens * a_token_s, seconds)
+
     def observe_round(self, num_rows: int, depth: int, num_tokens: int, context: int, seconds: float) -> None:
         """A round of whole chains of ``depth``, launched before its turn, brought ``num_tokens``, ``seconds`` after the one before."""
-        self.worth.observe(num_rows, True, num_tokens, seconds)
+        self.observe_step(num_rows, True, num_tokens, context, seconds)
         if self.costs is not None:
             self.costs.observe_flown(num_rows, depth, context, seconds)
 

@@ -61,10 +61,13 @@ class DraftWorth:
         """Whether the next step of so many streams may draft; ask once a step in which drafting is predicted to pay."""
         return self._level(num_rows).next_drafts(predicted_gain < CLEAR_GAIN)
 
-    def observe(self, num_rows: int, was_drafting: bool, num_tokens: int, seconds: float) -> None:
-        """A decode step of ``num_rows`` streams brought ``num_tokens``, ``seconds`` after the one before."""
+    def observe(self, num_rows: int, was_drafting: bool, plain_s: float, seconds: float) -> None:
+        """A decode step of ``num_rows`` streams, ``seconds`` after the one before, brought tokens that plain steps take ``plain_s`` for.
+
+        By prediction, which need not be right: it makes steps of one level comparable that had other numbers of streams and contexts.
+        """
         level = self._level(num_rows)
-        (level.drafting if was_drafting else level.plain).add(num_tokens, seconds)
+        (level.drafting if was_drafting else level.plain).add(plain_s, seconds)
         level.settle()
 
     def _level(self, num_rows: int) -> _Level:

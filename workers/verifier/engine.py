@@ -238,8 +238,9 @@ class Engine:
         if self.on_step is not None:
             self.on_step(plan, times)
         record = self._record(plan, times, verdicts)
-        if times.before_s and not record.num_prefill:
-            self.drafts.worth.observe(record.num_rows, times.num_drafting > 0, record.num_committed, times.judged_s - times.before_s)
+        if times.before_s and not record.num_prefill and not self.drafts.policy.is_look:
+            drafted, seconds = times.num_drafting > 0, times.judged_s - times.before_s
+            self.drafts.observe_step(record.num_rows, drafted, record.num_committed, record.context, seconds)
         if self.options.overlapped:
             self.aside.run(partial(self._learn, record))
         else:

@@ -178,7 +178,7 @@ class Flights:
         engine.target.check()
         now_s = engine.clock()
         if engine.landed_s and not flight.num_new:
-            engine.drafts.worth.observe(len(tokens), False, len(tokens), now_s - engine.landed_s)
+            engine.drafts.observe_step(len(tokens), False, len(tokens), flight.context, now_s - engine.landed_s)
             if engine.drafts.costs is not None:
                 engine.drafts.costs.observe_plain(len(tokens), flight.context, now_s - engine.landed_s)
         engine.landed_s = now_s

@@ -15,7 +15,7 @@ class Speed:
     tokens: float = 0.0
     seconds: float = 0.0
 
-    def add(self, num_tokens: int, seconds: float) -> None:
+    def add(self, num_tokens: float, seconds: float) -> None:
         """Take in one step."""
         self.steps = FADE * self.steps + 1.0
         self.tokens = FADE * self.tokens + num_tokens

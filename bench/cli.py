@@ -98,6 +98,7 @@ def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
         ignore_eos=args.ignore_eos,
         synthetic=synthetic,
         steady=args.steady,
+        while_full=args.while_full,
     )
 
 

@@ -111,6 +111,8 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="skip points that the --json file holds for this machine and commit")
     steady = "tell times as they would be if the CPU never changed its speed, from work that is always the same, done between steps"
     parser.add_argument("--steady", action="store_true", help=steady)
+    full = "tok/s of the time in which all streams were busy: until one ended for which no request waited (default: of all of it)"
+    parser.add_argument("--while-full", action="store_true", help=full)
     parser.add_argument(
         "--synthetic-acceptance",
         metavar="CURVE",

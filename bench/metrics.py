@@ -7,6 +7,7 @@ TTFT          first content chunk - sent; time in queues is part of it
 E2E           last content chunk - sent
 TPOT          (E2E - TTFT) / (tokens - 1); undefined for answers of one token
 chunk ITL     gap between two content chunks of one answer
+while full    tokens until a stream ends that no request follows / seconds until then
 goodput       answers a second that met *every* limit; a failed request meets none
 accepted len  1 + accepted drafted tokens / rounds that verified drafts
 ============  =====================================================================
@@ -48,6 +49,18 @@ class Timeline:
     @property
     def gaps_s(self) -> tuple[float, ...]:
         return tuple(later - earlier for earlier, later in zip(self.chunk_s, self.chunk_s[1:], strict=False))
+
+
+def rate_while_full(timelines: Sequence[Timeline], concurrency: int) -> float:
+    """Tokens a second of a run with so many streams at once, until one of them ended for which no request waited.
+
+    An answer that went on then counts by the share of its chunks that had come. ValueError for fewer answers than streams.
+    """
+    if len(timelines) < concurrency:
+        raise ValueError(f"{len(timelines)} answers never kept {concurrency} streams busy")
+    end_s = sorted(timeline.chunk_s[-1] for timeline in timelines)[len(timelines) - concurrency]
+    tokens = sum(t.num_tokens * sum(chunk <= end_s for chunk in t.chunk_s) / len(t.chunk_s) for t in timelines)
+    return tokens / (end_s - min(timeline.sent_s for timeline in timelines))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class OfflinePlan:
     """A whole run of ``dspark bench offline``.
 
     ``synthetic``: the acceptance forced on all that draft; None: what they reach. ``steady``: the runners tell steady seconds
-    (``tempo.py``).
+    (``tempo.py``). ``while_full``: rates are of the time in which all streams were busy.
     """
 
     modes: tuple[BenchMode, ...]
@@ -71,6 +71,7 @@ class OfflinePlan:
     ignore_eos: bool = False
     synthetic: SyntheticAcceptance | None = None
     steady: bool = False
+    while_full: bool = False
 
     @property
     def points(self) -> list[tuple[Level, Point]]:
@@ -84,7 +85,8 @@ class OfflinePlan:
 
     def work(self, level: Level) -> Work:
         # Forced text ends nowhere in particular: only answers of one length cost the same in all modes.
-        return Work(level.requests, level.max_tokens, self.ignore_eos or self.synthetic is not None, self.repeats, self.steady)
+        ignores_eos = self.ignore_eos or self.synthetic is not None
+        return Work(level.requests, level.max_tokens, ignores_eos, self.repeats, self.steady, self.while_full)
 
 
 def run_offline(

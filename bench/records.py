@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dspark.bench.metrics import accepted_length, median
+from dspark.bench.metrics import accepted_length, median, rate_while_full
 from dspark.bench.modes import BenchMode
 from dspark.bench.runners import Counts, Run
 from dspark.sampling import AcceptanceRule
@@ -27,13 +27,17 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every contender of a point has to do, ``repeats`` times. ``steady``: all times are in steady seconds (``tempo.py``)."""
+    """What every contender of a point has to do, ``repeats`` times.
+
+    ``steady``: all times are in steady seconds (``tempo.py``); ``while_full``: rates are of the time in which all streams were busy.
+    """
 
     requests: int
     max_tokens: int
     ignore_eos: bool
     repeats: int
     steady: bool = False
+    while_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class Identity:
     ignore_eos: bool
     repeats: int
     steady: bool
+    while_full: bool
     machine: str
     commit: str
 
@@ -147,7 +152,7 @@ class OfflineRecord:
 
 def make_record(identity: Identity, runs: Sequence[Run]) -> OfflineRecord:
     """The record of the repeats of one contender at one point."""
-    rates = [_tokens(run) / run.seconds for run in runs]
+    rates = [rate_while_full(run.timelines, identity.concurrency) if identity.while_full else _tokens(run) / run.seconds for run in runs]
     timelines = [timeline for run in runs for timeline in run.timelines]
     per_token = [timeline.tpot_s for timeline in timelines if timeline.tpot_s is not None]
     counts = _sum([run.counts for run in runs])

@@ -82,6 +82,18 @@ def test_offline_end_to_end(model: str, prompts: Path, tmp_path: Path, capsys: p
     assert "plain / transformers generate, one stream" in capsys.readouterr().out
 
 
+def test_steady_seconds_of_busy_streams(model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    command = ["offline", "--model", model, "--drafter", "ngram", *FAST, "--sets", "tiny", "--prompts", str(prompts), "--json", str(out)]
+    assert main([*command, "--modes", "plain,static:2", "--concurrency", "2", "--steady", "--while-full"]) == 0
+    assert "times at the speed at which the same work takes" in capsys.readouterr().out
+    for record in map(json.loads, out.read_text().splitlines()):
+        assert (record["steady"], record["while_full"]) == (True, True)
+        assert record["tokens_per_s"] > 0 < record["ttft_p50_ms"]
+    with pytest.raises(ConfigError, match="--steady watches our own engine: leave transformers out of --modes"):
+        main([*command, "--modes", "transformers,plain", "--concurrency", "1", "--steady"])
+
+
 def test_check_only_measures_nothing(model: str, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--sets", "tiny", "--prompts", str(prompts), "--concurrency", "2", "--modes", "plain,static:2", "--check-only"]
     assert main(["offline", "--model", model, "--drafter", "ngram", *FAST, *flags]) == 0

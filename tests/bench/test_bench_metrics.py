@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from dspark.bench.metrics import Limits, Spread, Timeline, accepted_length, median, percentile, poisson_arrivals, summarize
+from dspark.bench.metrics import (
+    Limits,
+    Spread,
+    Timeline,
+    accepted_length,
+    median,
+    percentile,
+    poisson_arrivals,
+    rate_while_full,
+    summarize,
+)
 
 FAST = Timeline(sent_s=1.0, chunk_s=(1.25, 1.5, 2.25), num_tokens=5)
 SLOW = Timeline(sent_s=0.0, chunk_s=(2.0, 4.0), num_tokens=3)
@@ -20,6 +30,16 @@ def test_timeline() -> None:
 def test_an_empty_answer_has_no_timeline(chunks: tuple[float, ...], tokens: int) -> None:
     with pytest.raises(ValueError, match="at least one chunk"):
         Timeline(0.0, chunks, tokens)
+
+
+def test_the_last_streams_do_not_count_where_streams_are_to_be_busy() -> None:
+    first, second = Timeline(0.0, (1.0, 2.0), 4), Timeline(0.0, (1.0, 3.0), 4)
+    third = Timeline(2.0, (3.0, 4.0, 5.0, 6.0), 8)  # when the second ends, at 3, nothing follows it
+    assert rate_while_full([first, second, third], 2) == pytest.approx((4 + 4 + 2) / 3.0)
+    assert rate_while_full([third, first, second], 1) == pytest.approx(16 / 6.0)
+    assert rate_while_full([first, second, third], 3) == pytest.approx((4 + 2 + 0) / 2.0)
+    with pytest.raises(ValueError, match="3 answers never kept 4 streams busy"):
+        rate_while_full([first, second, third], 4)
 
 
 def test_percentile_interpolates() -> None:

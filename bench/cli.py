@@ -97,6 +97,7 @@ def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
         max_prompt_tokens=args.max_prompt_tokens,
         ignore_eos=args.ignore_eos,
         synthetic=synthetic,
+        varies=args.vary_tokens,
         steady=args.steady,
         while_full=args.while_full,
     )

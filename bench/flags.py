@@ -109,6 +109,8 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=_positive, metavar="N", help="default: the model's")
     parser.add_argument("--kv-tokens", type=_positive, metavar="N", help="KV pool of each engine (default: from free memory)")
     parser.add_argument("--resume", action="store_true", help="skip points that the --json file holds for this machine and commit")
+    vary = "answers of different lengths, from half of --max-tokens to one and a half, the same in all modes: else plain ones end together"
+    parser.add_argument("--vary-tokens", action="store_true", help=vary)
     steady = "tell times as they would be if the CPU never changed its speed, from work that is always the same, done between steps"
     parser.add_argument("--steady", action="store_true", help=steady)
     full = "tok/s of the time in which all streams were busy: until one ended for which no request waited (default: of all of it)"

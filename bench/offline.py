@@ -55,8 +55,9 @@ COLUMNS = [
 class OfflinePlan:
     """A whole run of ``dspark bench offline``.
 
-    ``synthetic``: the acceptance forced on all that draft; None: what they reach. ``steady``: the runners tell steady seconds
-    (``tempo.py``). ``while_full``: rates are of the time in which all streams were busy.
+    ``synthetic``: the acceptance forced on all that draft; None: what they reach. ``varies``: answers have from half of a level's
+    tokens to one and a half. ``steady``: the runners tell steady seconds (``tempo.py``). ``while_full``: rates are of the time in which
+    all streams were busy.
     """
 
     modes: tuple[BenchMode, ...]
@@ -70,6 +71,7 @@ class OfflinePlan:
     max_prompt_tokens: int = 1200
     ignore_eos: bool = False
     synthetic: SyntheticAcceptance | None = None
+    varies: bool = False
     steady: bool = False
     while_full: bool = False
 
@@ -86,7 +88,7 @@ class OfflinePlan:
     def work(self, level: Level) -> Work:
         # Forced text ends nowhere in particular: only answers of one length cost the same in all modes.
         ignores_eos = self.ignore_eos or self.synthetic is not None
-        return Work(level.requests, level.max_tokens, ignores_eos, self.repeats, self.steady, self.while_full)
+        return Work(level.requests, level.max_tokens, ignores_eos, self.repeats, self.varies, self.steady, self.while_full)
 
 
 def run_offline(
@@ -190,7 +192,7 @@ def measure_point(
         runners[contender.mode].run(work[: level.concurrency], level.concurrency, warm)
     for repeat in range(plan.repeats):
         for contender in rotated(everyone, repeat):
-            settings = Settings(level.max_tokens, point.temperature, contender.rule, plan.work(level).ignore_eos)
+            settings = Settings(level.max_tokens, point.temperature, contender.rule, plan.work(level).ignore_eos, plan.varies)
             runs[contender].append(runners[contender.mode].run(work, level.concurrency, settings))
     return runs
 

@@ -29,13 +29,15 @@ class Point:
 class Work:
     """What every contender of a point has to do, ``repeats`` times.
 
-    ``steady``: all times are in steady seconds (``tempo.py``); ``while_full``: rates are of the time in which all streams were busy.
+    ``varies``: answers have from half of ``max_tokens`` to one and a half; ``steady``: all times are in steady seconds (``tempo.py``);
+    ``while_full``: rates are of the time in which all streams were busy.
     """
 
     requests: int
     max_tokens: int
     ignore_eos: bool
     repeats: int
+    varies: bool = False
     steady: bool = False
     while_full: bool = False
 
@@ -91,6 +93,7 @@ class Identity:
     max_tokens: int
     ignore_eos: bool
     repeats: int
+    varies: bool
     steady: bool
     while_full: bool
     machine: str

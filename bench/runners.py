@@ -26,17 +26,28 @@ if TYPE_CHECKING:
     from dspark.outputs import RequestOutput
 
 Prompts = Sequence[Sequence[int]]
+GOLDEN = (5**0.5 - 1) / 2
 _WINDOW = re.compile(r'verified_window_total\{drafts="(\d+)"\}')
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How every request of a point is sampled. ``rule`` None leaves the acceptance rule to the engine."""
+    """How every request of a point is sampled. ``rule`` None leaves the acceptance rule to the engine.
+
+    ``varies``: answers may have from half of ``max_tokens`` to one and a half.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     rule: AcceptanceRule | None = None
     ignore_eos: bool = False
+    varies: bool = False
+
+    def lengths(self, count: int) -> list[int]:
+        """The most tokens of each of ``count`` answers: spread evenly, and the same for everybody who asks."""
+        if not self.varies:
+            return [self.max_tokens] * count
+        return [max(1, round(self.max_tokens * (0.5 + place * GOLDEN % 1.0))) for place in range(1, count + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +126,10 @@ class EngineRunner:
 
     def run(self, prompts: Prompts, concurrency: int, settings: Settings) -> Run:
         """Decode all prompts, ``concurrency`` at a time; the next begins when one ends."""
-        params = SamplingParams(
-            max_tokens=settings.max_tokens, temperature=settings.temperature, acceptance=settings.rule, ignore_eos=settings.ignore_eos
-        )
+        params = [
+            SamplingParams(max_tokens=most, temperature=settings.temperature, acceptance=settings.rule, ignore_eos=settings.ignore_eos)
+            for most in settings.lengths(len(prompts))
+        ]
         before = self.llm.stats()
         with nullcontext() if self._tempo is None else self._tempo.watching(self.llm.engine):
             started = time.perf_counter()
@@ -174,13 +186,14 @@ class TransformersRunner:
             raise ValueError("the transformers baseline runs one prompt at a time")
         started = time.perf_counter()
         with ThreadPoolExecutor(1) as apart:  # a thread that ends: idle teams of compute threads would slow the engines down
-            answers = apart.submit(lambda: [self._generate(prompt, settings) for prompt in prompts]).result()
+            asked = list(zip(prompts, settings.lengths(len(prompts)), strict=True))
+            answers = apart.submit(lambda: [self._generate(prompt, most, settings) for prompt, most in asked]).result()
         seconds = time.perf_counter() - started
         timelines, tokens = zip(*answers, strict=True)
         num_tokens = sum(map(len, tokens))
         return Run(timelines, tokens, seconds, Counts(steps=num_tokens, windows={0: num_tokens}))
 
-    def _generate(self, prompt: Sequence[int], settings: Settings) -> tuple[Timeline, tuple[int, ...]]:
+    def _generate(self, prompt: Sequence[int], max_tokens: int, settings: Settings) -> tuple[Timeline, tuple[int, ...]]:
         import torch
 
         ids = torch.tensor([list(prompt)], device=self.model.device)
@@ -189,11 +202,11 @@ class TransformersRunner:
         if settings.temperature > 0:
             sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
         if settings.ignore_eos:
-            sampling["min_new_tokens"] = settings.max_tokens
+            sampling["min_new_tokens"] = max_tokens
         sent = time.perf_counter()
         with torch.inference_mode():
             output = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_tokens, streamer=clock, **sampling
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, streamer=clock, **sampling
             )
         tokens = tuple(output[0, ids.shape[1] :].tolist())
         return Timeline(sent, tuple(clock.arrivals), len(tokens)), tokens

@@ -85,13 +85,23 @@ def test_offline_end_to_end(model: str, prompts: Path, tmp_path: Path, capsys: p
 def test_steady_seconds_of_busy_streams(model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     command = ["offline", "--model", model, "--drafter", "ngram", *FAST, "--sets", "tiny", "--prompts", str(prompts), "--json", str(out)]
-    assert main([*command, "--modes", "plain,static:2", "--concurrency", "2", "--steady", "--while-full"]) == 0
+    assert main([*command, "--modes", "plain,static:2", "--concurrency", "2", "--steady", "--while-full", "--vary-tokens"]) == 0
     assert "times at the speed at which the same work takes" in capsys.readouterr().out
     for record in map(json.loads, out.read_text().splitlines()):
-        assert (record["steady"], record["while_full"]) == (True, True)
+        assert (record["steady"], record["while_full"], record["varies"]) == (True, True, True)
         assert record["tokens_per_s"] > 0 < record["ttft_p50_ms"]
     with pytest.raises(ConfigError, match="--steady watches our own engine: leave transformers out of --modes"):
         main([*command, "--modes", "transformers,plain", "--concurrency", "1", "--steady"])
+
+
+def test_answers_of_different_lengths() -> None:
+    assert Settings(10).lengths(3) == [10, 10, 10]
+    lengths = Settings(100, varies=True).lengths(50)
+    assert lengths[:20] == Settings(100, varies=True).lengths(20)
+    assert 50 <= min(lengths) < 60
+    assert 140 < max(lengths) <= 150
+    assert sum(lengths) / 50 == pytest.approx(100, abs=2)
+    assert Settings(1, varies=True).lengths(4) == [1, 1, 1, 1]
 
 
 def test_check_only_measures_nothing(model: str, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:

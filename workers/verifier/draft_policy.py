@@ -19,7 +19,7 @@ from dspark.workers.verifier.planner import rank
 KEPT_ROWS = 256  # recent drafts that stand for the next ones
 DECIDE_EVERY, DECIDE_S = 4, 0.01  # steps, and seconds of plain ones, from one decision to the next: it costs more than a plan
 LONGEST_PAUSE = 64  # steps between two looks at acceptance while nothing is drafted
-LOOK_ROWS = 8  # requests that draft in such a look
+LOOK_ROWS = 2  # requests that draft in such a look
 LOOK_WEIGHT = 8  # rows that each of them stands for
 LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts are shorter
 MAX_REST = 16  # rounds a request sits out at most

@@ -91,34 +91,27 @@ def test_a_verifier_that_dies_mid_stream_changes_no_text(server: Server) -> None
     for prompt in prompts:
         stream_text(server, prompt, expected)
     before = server.metrics("dspark_replays_total")[""]
-    got: dict[str, str] = {}
-    moving = threading.Barrier(len(prompts) + 1)
+    for attempt in range(4):  # a verifier that no stream was on, or that ended too late for all of them, shows nothing
+        eventually(lambda: len(server.verifiers()) == 2 and free_blocks(server) == TOTAL_BLOCKS, 60, "two verifiers")
+        got: dict[str, str] = {}
+        moving = threading.Barrier(len(prompts) + 1)
 
-    def progress(number: int) -> None:
-        if number == 20:
-            moving.wait(30)
+        def progress(number: int, moving: threading.Barrier = moving) -> None:
+            if number == 20:
+                moving.wait(30)
 
-    threads = [threading.Thread(target=stream_text, args=(server, prompt, got, progress)) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    moving.wait(30)  # all streams are on their way, on both verifiers
-
-    def is_noticed() -> bool:
-        return server.metrics("dspark_replays_total")[""] > before or len(got) == len(prompts)
-
-    for victim in server.verifiers():  # the second one if no stream was on the first
-        os.kill(victim, signal.SIGKILL)
-        deadline = time.monotonic() + 3.0
-        while not (noticed := is_noticed()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if noticed:
+        threads = [threading.Thread(target=stream_text, args=(server, prompt, got, progress)) for prompt in prompts]
+        for thread in threads:
+            thread.start()
+        moving.wait(30)  # all streams are on their way
+        os.kill(server.verifiers()[attempt % 2], signal.SIGKILL)
+        for thread in threads:
+            thread.join(120)
+        assert got == expected
+        if server.metrics("dspark_replays_total")[""] > before:
             break
-    for thread in threads:
-        thread.join(120)
-    assert got == expected
     assert server.metrics("dspark_replays_total")[""] > before
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    eventually(lambda: httpx.get(f"{server.url}/health").json()["healthy"] == 2, 60, "Serve's replacing the verifier")
+    eventually(lambda: len(server.verifiers()) == 2 and free_blocks(server) == TOTAL_BLOCKS, 60, "two verifiers")
 
 
 def test_nothing_leaks_when_many_clients_leave(server: Server) -> None:

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from dspark.workers.verifier.costs import CostTable, Curve, Floats
-from dspark.workers.verifier.draft_policy import DECIDE_EVERY, LONGEST_PAUSE, LOOK_DEEPER_EVERY, MAX_REST, RESTED, DraftPolicy, Outlook
+from dspark.workers.verifier.draft_policy import (
+    DECIDE_EVERY,
+    LONGEST_PAUSE,
+    LOOK_DEEPER_EVERY,
+    MAX_REST,
+    MIN_GAIN,
+    RESTED,
+    RETURN_GAIN,
+    DraftPolicy,
+    Outlook,
+)
 
 GAMMA = 7
 
@@ -74,6 +84,18 @@ def test_plain_decoding_comes_and_goes_with_the_load() -> None:
     assert policy.depth(look(8, costs, steep)) == 0
     later = [policy.depth(look(8, costs, flat)) for _ in range(DECIDE_EVERY)]
     assert later[-1] > 0
+
+
+def test_coming_back_takes_more_than_going_on() -> None:
+    costs = table(0.1, 0.0)
+    near, far = (look(4, costs, linear(1.0, token)) for token in (0.13, 0.6))  # 1.05 times as fast as plain decoding, and slower
+    going_on = taught(0.7)
+    assert going_on.depth(near) > 0
+    coming_back = taught(0.7)
+    assert coming_back.depth(far) == 0
+    for _ in range(2 * DECIDE_EVERY):
+        assert not coming_back.depth(near) or coming_back.is_look
+    assert 1 + MIN_GAIN < going_on.gain < 1 + RETURN_GAIN
 
 
 def test_while_nothing_is_drafted_acceptance_is_looked_at_more_and_more_rarely() -> None:

@@ -24,6 +24,7 @@ LOOK_WEIGHT = 8  # rows that each of them stands for
 LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts are shorter
 MAX_REST = 16  # rounds a request sits out at most
 MIN_GAIN = 0.03  # predicted: the best of many predictions is too good by about as much
+RETURN_GAIN = 0.08  # the same to come back from plain steps: what is known then comes from a few looks
 LEARN = 0.02  # of a mean confidence, for each draft seen
 
 
@@ -137,7 +138,7 @@ class DraftPolicy:
         ranking, share = rank(self._recent), outlook.num_drafting / len(self._recent)
         num_rows, seconds = outlook.num_rows, outlook.seconds
         plain = num_rows / outlook.plain_s
-        best_depth, best = 0, plain * (1 + MIN_GAIN)
+        best_depth, best = 0, plain * (1 + (MIN_GAIN if self._depth else RETURN_GAIN))
         for depth in range(1, self.block_size + 1):
             expected = num_rows + _accepted(ranking.down_to(depth).survival, share)[: len(seconds)]
             values = expected / (seconds[: len(expected)] + outlook.drafting[depth - 1])

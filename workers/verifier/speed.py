@@ -1,4 +1,4 @@
-"""Tokens and seconds of steps of one kind, as measured while serving."""
+"""Tokens, or what they are worth, and seconds of steps of one kind, as measured while serving."""
 
 from __future__ import annotations
 

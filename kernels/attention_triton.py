@@ -211,10 +211,13 @@ def attend(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SEES_ALL: tl.constexpr,
+    FIRST: tl.constexpr,
     IS_CHAINED: tl.constexpr,
     IS_GIVEN: tl.constexpr,
 ):
-    """IS_GIVEN: rows, tables and all KV but that of new tokens are there before earlier kernels have ended: they are read at once."""
+    """FIRST: positions before it are seen by nobody.
+
+    IS_GIVEN: rows, tables and all KV but that of new tokens are there before earlier kernels have ended: they are read at once."""
     begin_early(IS_CHAINED)
     if not IS_GIVEN:
         wait_for_earlier(IS_CHAINED)
@@ -237,7 +240,7 @@ def attend(
     token = start + own
     key_columns = tl.arange(0, KEY_BLOCK)
     value_columns = tl.arange(0, VALUE_BLOCK)
-    first_key = context * 0
+    first_key = context * 0 + FIRST
     last_key = context
     if not SEES_ALL:
         last_key = tl.maximum(tl.minimum(context, base + offset + TILE_TOKENS), 0)
@@ -246,10 +249,10 @@ def attend(
         position = tl.load(positions + token, mask=is_query, other=0).to(tl.int32)
         lowest = tl.min(tl.where(is_query, position, 2147483647), 0)
         first_key = tl.minimum(tl.maximum(lowest - window + 1, 0), base)
-        first_key = tl.maximum(first_key, 0)
+        first_key = tl.maximum(first_key, FIRST)
     if HAS_ANCESTORS:
         bits = tl.load(ancestors + token, mask=is_query, other=0)
-    num_tiles = tl.cdiv(last_key - first_key, TILE_KEYS)
+    num_tiles = tl.cdiv(tl.maximum(last_key - first_key, 0), TILE_KEYS)
     per_split = tl.cdiv(num_tiles, SPLITS)
     parts = tl.maximum(tl.cdiv(num_tiles, tl.maximum(per_split, 1)), 1)  # a short context has fewer than SPLITS
     begin = first_key + split * per_split * TILE_KEYS

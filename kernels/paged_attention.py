@@ -7,6 +7,7 @@ Shapes (T tokens on one flat axis, S = num_blocks * block_size slots, G = H / Hk
     (its own new tokens included, already written); its first token sits at position contexts[r] - lengths[r].
     slot of position p of row r: tables[r][p // block_size] * block_size + p % block_size
     window   w: a query at position i sees positions > i - w        softcap c: scores become c * tanh(scores / c)
+    first    positions before it are seen by nobody; every query's own must not be one of them
     sinks    [H]: one extra logit a head in the softmax's denominator
     visible  per row, optional [n, n] bool: which of its new tokens each new token sees (draft trees); None is causal
 
@@ -52,21 +53,23 @@ class RowGroup:
     visible: Tensor  # [R, width, depth] bool
     real: Tensor | None  # [n] int64 into R * width: the queries that are not padding; None: all are real
     is_full: bool  # nothing is masked without a window
-    masks: dict[tuple[int | None, int, torch.dtype], Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int, int, torch.dtype], Tensor | None] = field(default_factory=dict)
 
-    def mask(self, window: int | None, fold: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask [R, 1, width * fold, depth], computed once a step for each window; None: nothing is masked."""
-        key = (window, fold, dtype)
+    def mask(self, shape: AttentionShape, fold: int, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask [R, 1, width * fold, depth], computed once a step for layers that see alike; None: nothing is masked."""
+        key = (shape.window, shape.first, fold, dtype)
         if key not in self.masks:
-            self.masks[key] = self._make_mask(window, fold, dtype)
+            self.masks[key] = self._make_mask(shape.window, shape.first, fold, dtype)
         return self.masks[key]
 
-    def _make_mask(self, window: int | None, fold: int, dtype: torch.dtype) -> Tensor | None:
+    def _make_mask(self, window: int | None, first: int, fold: int, dtype: torch.dtype) -> Tensor | None:
         visible = self.visible
         if window is not None and int(self.distance.max()) >= window:
             visible = visible & (self.distance < window)
-        elif self.is_full:
+        elif self.is_full and not first:
             return None
+        if first:
+            visible = visible & (torch.arange(self.depth, device=visible.device) >= first)
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
         return mask.repeat_interleave(fold, dim=1).unsqueeze(1)
 
@@ -149,6 +152,7 @@ class AttentionShape:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    first: int = 0
 
 
 def paged_attention(
@@ -164,7 +168,7 @@ def paged_attention(
         values = value_cache.index_select(0, group.slots).view(rows, depth, kv_heads, -1).transpose(1, 2)
         queries = query.index_select(0, group.tokens).view(rows, width, kv_heads, fold, -1)
         queries = queries.permute(0, 2, 1, 3, 4).reshape(rows, kv_heads, width * fold, -1)
-        mask = group.mask(shape.window, fold, query.dtype)
+        mask = group.mask(shape, fold, query.dtype)
         if shape.softcap is None and sinks is None:
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=shape.scale)
         else:
@@ -214,7 +218,7 @@ def reference(
         slots = [row.table[p // block_size] * block_size + p % block_size for p in range(row.context)]
         base = row.context - row.length
         for i in range(row.length):
-            seen = _seen(row, base, i, shape.window)
+            seen = [p for p in _seen(row, base, i, shape.window) if p >= shape.first]
             for head in range(heads):
                 keys = key_cache[[slots[p] for p in seen], head * kv_heads // heads].double()
                 values = value_cache[[slots[p] for p in seen], head * kv_heads // heads].double()

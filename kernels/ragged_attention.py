@@ -194,6 +194,7 @@ def launch(
         HAS_SOFTCAP=shape.softcap is not None,
         HAS_SINKS=sinks is not None,
         SEES_ALL=batch.sees_all,
+        FIRST=shape.first,
         IS_CHAINED=launches_early(query.device),
         IS_GIVEN=batch.is_given,
         num_warps=cut.warps,
@@ -201,6 +202,15 @@ def launch(
         launch_pdl=launches_early(query.device),
     )
     return out
+
+
+def slots_of(batch: RaggedBatch, positions: Tensor) -> Tensor:
+    """The slot [T] int64 of position ``positions[i]`` of the row that token i belongs to; -1 where it is negative. Waits for nothing."""
+    size, places = batch.block_size, positions.clamp(min=0)
+    tokens = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
+    rows = torch.searchsorted(batch.starts[1:], tokens, right=True).clamp(max=batch.num_rows - 1)
+    blocks = batch.tables.index_select(0, batch.table_starts.index_select(0, rows) + places // size)
+    return torch.where(positions >= 0, blocks * size + places % size, -1)
 
 
 def row_ancestors(row: AttentionRow) -> list[int]:

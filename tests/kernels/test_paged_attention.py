@@ -47,6 +47,16 @@ def test_equals_the_specification(with_tree: bool, window: int | None, extra: st
     assert not actual[total:].any(), "padding rows come out as zero"
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_first_positions_that_nobody_sees(window: int | None, softcap: float | None) -> None:
+    rows, total = make_batch([(1, 2), (1, 30), (3, 77), (1, 29), (4, 12)], 1)
+    query, keys, values = torch.randn(total + 3, 6, 8), torch.randn(256 * BLOCK, 2, 8), torch.randn(256 * BLOCK, 2, 8)
+    shape = AttentionShape(0.3, window, softcap, first=1)
+    actual = paged_attention(query, keys, values, PagedBatch.plan(rows, BLOCK, CPU), shape)
+    torch.testing.assert_close(actual[:total], reference(query, keys, values, rows, BLOCK, shape)[:total], atol=2e-6, rtol=1e-5)
+
+
 def test_rows_are_grouped_but_stay_apart() -> None:
     rows, _ = make_batch([(1, 20), (1, 21), (2, 40), (40, 40)], 3)
     batch = PagedBatch.plan(rows, BLOCK, CPU)

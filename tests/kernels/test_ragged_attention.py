@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspark.kernels import kv_store, rotary
 from dspark.kernels.paged_attention import AttentionRow, AttentionShape, reference
-from dspark.kernels.ragged_attention import _COUNTERS, RaggedBatch, launch, ragged_attention, tiling
+from dspark.kernels.ragged_attention import _COUNTERS, RaggedBatch, launch, ragged_attention, slots_of, tiling
 from dspark.kernels.rotary import HeadNorms
 
 pytest.importorskip("triton")
@@ -94,6 +94,35 @@ def test_equals_the_specification(
         torch.testing.assert_close(actual[:total], expected[:total], atol=3e-6, rtol=1e-5)
         assert not actual[total:].any(), "padding tokens come out as zero"
     assert all(not counters.any() for counters in _COUNTERS.values()), "counters are 0 again"
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("num_processors", [4, 132], ids=["whole", "split"])
+def test_first_positions_that_nobody_sees(monkeypatch: pytest.MonkeyPatch, num_processors: int, window: int | None) -> None:
+    monkeypatch.setattr("dspark.kernels.ragged_attention._num_processors", lambda device: num_processors)
+    rows = make_rows([(1, 2), (1, 30), (4, 90), (1, 65), (3, 9)], 2)
+    total = sum(row.length for row in rows)
+    query, keys, values = tensors(total + 3, torch.float32)
+    poison_unused(rows, keys, values)
+    for row in rows:
+        for cache in (keys, values):
+            cache[row.table[0] * BLOCK] = float("inf")  # of position 0
+    shape = AttentionShape(0.3, window, first=1)
+    expected = reference(query, keys, values, rows, BLOCK, shape)
+    actual = launch(query, keys, values, ragged(rows, 3, 4), shape)
+    torch.testing.assert_close(actual[:total], expected[:total], atol=3e-6, rtol=1e-5)
+    assert not actual[total:].any()
+
+
+def test_slots_of_positions_before_tokens() -> None:
+    rows = make_rows([(1, 17), (4, 4), (0, 0), (9, 40)], 5)
+    batch = ragged(rows, 3)
+    wanted = [
+        row.table[p // BLOCK] * BLOCK + p % BLOCK if p >= 0 else -1
+        for row in rows
+        for p in range(row.context - row.length - 1, row.context - 1)
+    ]
+    assert slots_of(batch, batch.positions - 1)[: len(wanted)].tolist() == wanted
 
 
 def test_half_precision_and_a_group_of_one_head() -> None:

@@ -80,8 +80,9 @@ class DraftPlanner:
 
     def observe_step(self, num_rows: int, was_drafting: bool, num_tokens: int, context: int, seconds: float) -> None:
         """A decode step of these rows over ``context`` positions brought ``num_tokens``, ``seconds`` after the one before."""
-        a_token_s = 1.0 if self.costs is None else self.costs.plain_seconds(num_rows, context) / num_rows
-        self.worth.observe(num_rows, was_drafting, num_tokens * a_token_s, seconds)
+        if self.costs is not None:
+            plain_s = num_tokens * self.costs.plain_seconds(num_rows, context) / num_rows
+            self.worth.observe(num_rows, was_drafting, plain_s, seconds)
 
     def observe_round(self, num_rows: int, depth: int, num_tokens: int, context: int, seconds: float) -> None:
         """A round of whole chains of ``depth``, launched before its turn, brought ``num_tokens``, ``seconds`` after the one before."""
@@ -100,8 +101,11 @@ class DraftPlanner:
             return most
         if self.runs_ahead:  # blocks that a graph does not hold are not launched ahead, and would be slower than shorter ones that are
             most = min(most, max(1, self.max_launched // len(rows) - 1))
-        depth = min(most, self.policy.depth(lambda: self._outlook(costs, rows, len(drafting))))
-        self._last_depth = depth if depth and self.worth.allows_drafts(len(rows), self.policy.gain) else 0
+        policy = self.policy
+        depth = policy.depth(lambda: self._outlook(costs, rows, len(drafting)))
+        if not policy.is_look:
+            depth = (depth or policy.best) if self.worth.allows_drafts(len(rows), policy.gain, is_predicted=depth > 0) else 0
+        self._last_depth = min(most, depth)
         self.is_paused = not self._last_depth
         return self._last_depth
 

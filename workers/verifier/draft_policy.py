@@ -54,7 +54,8 @@ class DraftPolicy:
     block_size: int
     _recent: Floats = field(init=False)  # [k, γ] survival of the last drafts, a best guess where a draft was shorter
     _conditional: Floats = field(init=False)  # [γ] mean confidence of each position given the one before
-    gain: float = 1.0  # predicted tokens a second over those of plain decoding, as of the last decision
+    gain: float = 1.0  # predicted tokens a second of the best depth over 0 to those of plain decoding, as of the last decision
+    best: int = field(init=False)  # that depth
     is_look: bool = False  # whether the last depth was no decision for drafts but a look at acceptance
     _oldest: int = 0
     _depth: int = field(init=False)
@@ -67,7 +68,7 @@ class DraftPolicy:
     def __post_init__(self) -> None:
         self._recent = np.ones((0, self.block_size))
         self._conditional = np.ones(self.block_size)
-        self._depth = self.block_size
+        self._depth = self.best = self.block_size
 
     @property
     def wants_survival(self) -> bool:
@@ -134,19 +135,18 @@ class DraftPolicy:
         self._oldest = int(places[-1] + 1) % KEPT_ROWS
 
     def _best_depth(self, outlook: Outlook) -> int:
-        """The depth with the most predicted tokens a second, its drafting paid for."""
+        """The depth with the most predicted tokens a second, its drafting paid for; 0 if that is not enough more than plain ones."""
         ranking, share = rank(self._recent), outlook.num_drafting / len(self._recent)
         num_rows, seconds = outlook.num_rows, outlook.seconds
-        plain = num_rows / outlook.plain_s
-        best_depth, best = 0, plain * (1 + (MIN_GAIN if self._depth else RETURN_GAIN))
+        best = 0.0
         for depth in range(1, self.block_size + 1):
             expected = num_rows + _accepted(ranking.down_to(depth).survival, share)[: len(seconds)]
             values = expected / (seconds[: len(expected)] + outlook.drafting[depth - 1])
             value = float(values[-1] if outlook.verifies_all else values.max())
             if value > best:
-                best_depth, best = depth, value
-        self.gain = best / plain
-        return best_depth
+                self.best, best = depth, value
+        self.gain = best * outlook.plain_s / num_rows
+        return self.best if self.gain > 1 + (MIN_GAIN if self._depth else RETURN_GAIN) else 0
 
 
 def _accepted(survival: Floats, share: float) -> Floats:

@@ -21,6 +21,10 @@ class Speed:
         self.tokens = FADE * self.tokens + num_tokens
         self.seconds = FADE * self.seconds + seconds
 
+    def forget_half(self) -> None:
+        """Let what was seen so far count half as much."""
+        self.steps, self.tokens, self.seconds = self.steps / 2, self.tokens / 2, self.seconds / 2
+
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0

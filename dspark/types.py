@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dspark.sampling import SamplingParams
 
-MAX_TREE_NODES = 64
+MAX_TREE_NODES = 62  # with the anchor as many tokens as a node's ancestors have bits
 DEFAULT_TREE_NODES = 16
 
 
@@ -458,6 +458,17 @@ class ContinuesSteps(Protocol):
 
     def follow(self, request_ids: Sequence[str], base_lens: Sequence[int], anchors: Sequence[int]) -> None:
         """Requests whose drafts were taken that way have so many known tokens now, the last of them ``anchors``."""
+
+
+class FedStep(Protocol):
+    """A step of the target as a drafter sees it that takes its context inside the step."""
+
+    @property
+    def slots(self) -> Any:
+        """[T]: where each token's KV goes; -1 is padding."""
+
+    def slots_before(self, positions: Any) -> Any:
+        """[T]: where KV of the position before each token at ``positions`` [T] lies; -1: there is none. Not for trees."""
 
 
 class BlockTables(Protocol):

@@ -21,7 +21,7 @@ from dspark.kernels.graphs import CudaGraphs
 from dspark.types import Drafter, Mode, Speculation
 from dspark.workers.blocks import BLOCK_SIZE, BlockPool
 from dspark.workers.drafter.dialects import load_drafter
-from dspark.workers.drafter.draft_graphs import HEAD_TOP_K
+from dspark.workers.drafter.dspark_blocks import HEAD_TOP_K
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.eagle3_module import Eagle3Module
 from dspark.workers.drafter.fused import fuse_layers
@@ -150,7 +150,7 @@ def assemble(
         limits=Limits(config.max_num_seqs, config.step_tokens(target.device.type == "cuda"), config.prefix_cache),
         max_queued=config.max_queued,
         speculation=Speculation.parse(config.speculation),
-        auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter) and not isinstance(drafter, GraphDrafter),
+        auto_trees=isinstance(drafter, LocalDrafter | RemoteDrafter),
         overlapped=driver == "overlapped",
     )
     options = dataclasses.replace(options, graphs=_graphs(config, target, options, drafter, progress))
@@ -318,7 +318,7 @@ def _drafter(config: EngineConfig, target: Target, pool: BlockPool, module: DSpa
     name = resolve_drafter(config)
     if module is None:
         return (NoDrafter(), "none") if name == "none" else (NgramDrafter(), "ngram")
-    if isinstance(module, DSparkModule) and uses_graphs(config, target):
+    if uses_graphs(config, target):
         longest = _max_model_len(config, target, pool.num_blocks * pool.block_size)
         return GraphDrafter(module, pool, config.draft_law_width or HEAD_TOP_K, config.max_num_seqs, longest), name
     return graft(module, pool, config.draft_law_width or LAW_WIDTH), name
@@ -339,7 +339,10 @@ def _bytes_beside_kv(target: Target, module: DSparkModule | Eagle3Module | None,
     """Bytes a token of KV that drafting keeps here: a module's own KV, or features for drafters elsewhere."""
     if is_remote:
         return target.hidden_size * target.dtype.itemsize
-    return 0 if module is None else DraftPools.bytes_per_token(module.config, target.dtype.itemsize)
+    if module is None:
+        return 0
+    features = target.hidden_size * target.dtype.itemsize if isinstance(module, Eagle3Module) else 0
+    return DraftPools.bytes_per_token(module.config, target.dtype.itemsize) + features
 
 
 def _kv_tokens(config: EngineConfig, target: Target, bytes_per_token: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.draft_modules import random_module
+from helpers.draft_modules import EAGLE3, random_module
 from helpers.engines import greedy, make_engine, run, tiny_target
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +26,9 @@ from dspark.workers.blocks import BlockPool
 from dspark.workers.build import load_engine
 from dspark.workers.drafter.graph_local import GraphDrafter
 from dspark.workers.drafter.local import LocalDrafter
+from dspark.workers.drafter.module_config import HeadType
 from dspark.workers.drafter.ngram import NgramDrafter
+from dspark.workers.verifier.engine import Engine
 from dspark.workers.verifier.runner import GraphOptions
 from dspark.workers.verifier.targets import Target, as_target
 
@@ -65,20 +67,34 @@ def test_graphs_eager_and_cpu_agree_in_fp32(name: str, with_drafts: bool) -> Non
         assert {request: result.tokens for request, result in run(engine, requests).items()} == wanted
 
 
-@pytest.mark.parametrize("speculation", ["static:2", "static:4"])
-def test_a_grafted_drafter_in_graphs_changes_no_text(speculation: str) -> None:
-    """Drafts and the steps that verify them are launched before the host sees them; in fp32 the text is that of plain decoding."""
+def assert_text_of_plain_decoding(speculation: str, **module: Any) -> Engine:
+    """In fp32 a random drafter, which drafts from graphs on a GPU, changes no text of a CPU."""
     requests = [greedy(request, prompt, 40) for request, prompt in PROMPTS.items()]
     wanted = {request: result.tokens for request, result in run(make_engine(tiny_target("llama"), speculation="off"), requests).items()}
     target, pool = on_gpu("llama"), BlockPool(128)
-    drafter = GraphDrafter(random_module(target).to("cuda"), pool, 8, max_rows=32, max_model_len=256)
+    drafter = GraphDrafter(random_module(target, **module).to("cuda"), pool, 8, max_rows=32, max_model_len=256)
     capture = CudaGraphs(pytest.fail)
-    graphs = GraphOptions(capture, max_tokens=64, max_rows=32, max_model_len=256, longest=5, with_matches=True, law_width=8)
+    graphs = GraphOptions(
+        capture, max_tokens=64, max_rows=32, max_model_len=256, longest=5, with_trees=True, with_matches=True, law_width=8
+    )
     engine = make_engine(target, drafter, pool, graphs=graphs, overlapped=True, speculation=speculation)
     drafter.prepare(capture, engine.runner.step_tokens, engine.runner.draft_laws)
     assert {request: result.tokens for request, result in run(engine, requests).items()} == wanted
-    assert engine.ahead.launched > 10
     assert engine.counters.drafted > 0
+    return engine
+
+
+@pytest.mark.parametrize("module", [{}, EAGLE3], ids=["dspark", "eagle3"])
+@pytest.mark.parametrize("speculation", ["static:2", "static:4"])
+def test_a_grafted_drafter_in_graphs_changes_no_text(speculation: str, module: dict[str, Any]) -> None:
+    """Drafts and the steps that verify them are launched before the host sees them; in fp32 the text is that of plain decoding."""
+    assert assert_text_of_plain_decoding(speculation, **module).ahead.launched > 10
+
+
+@pytest.mark.parametrize("speculation", ["tree:7:4", "tree:20", "tree:62"])
+@pytest.mark.parametrize("head", ["vanilla", "rnn"])
+def test_trees_in_graphs_change_no_text(speculation: str, head: str) -> None:
+    assert_text_of_plain_decoding(speculation, head_type=HeadType(head))
 
 
 @pytest.mark.parametrize("speculation", ["off", "static:4"])

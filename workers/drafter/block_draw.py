@@ -99,7 +99,7 @@ def _draw_candidates(
     return BlockDraft(block.tokens, block.ids, block.probs, block.confidence, block.margin)
 
 
-def base_law(module: DSparkModule, hidden: Tensor, head_top_k: int | None) -> tuple[Tensor, Tensor | None]:
+def base_law(module: GraftedModule, hidden: Tensor, head_top_k: int | None) -> tuple[Tensor, Tensor | None]:
     """Base logits [R, n, Vd] and None, or those of K candidates [R, n, K] and their draft vocabulary ids."""
     base = module.base_logits(hidden)
     if head_top_k is None or head_top_k >= base.shape[-1]:

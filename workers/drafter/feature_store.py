@@ -51,6 +51,10 @@ class FeatureStore:
         places = torch.where(slots < 0, self._num_slots, slots).to(torch.int64)
         self._rows.index_copy_(0, places, features.to(self._rows.dtype))
 
+    def at(self, slots: Tensor) -> Tensor:
+        """Features [n, width] of slots [n]; of -1 what padding wrote last."""
+        return self._rows.index_select(0, slots.to(torch.int64).remainder(self._num_slots + 1))
+
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """The features of slots [n] go to other slots."""
         self._rows.index_copy_(0, targets, self._rows.index_select(0, sources))

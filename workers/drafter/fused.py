@@ -18,7 +18,7 @@ from dspark.kernels.rms_norm import add_rms_norm, rms_norm
 from dspark.kernels.rotary import HeadNorms, cos_sin, rotate_heads
 from dspark.kernels.small_linear import FEW_ROWS_WIDTH, MAX_ROWS, small_linear
 from dspark.kernels.swiglu import swiglu
-from dspark.workers.drafter.draft_graphs import RaggedContext
+from dspark.workers.drafter.dspark_blocks import RaggedContext
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.layers import BlockContext, DraftAttention, DraftLayer, Rotary
 from dspark.workers.drafter.module_config import LayerStyle

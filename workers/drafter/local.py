@@ -23,7 +23,7 @@ from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, draw_block
 from dspark.workers.drafter.dspark_module import DSparkModule
 from dspark.workers.drafter.grafted import GraftedModule
 from dspark.workers.drafter.paged_context import DraftPools, PagedContext, block_slots, unplanned_attention
-from dspark.workers.drafter.tree_draw import TreeRows, draw_trees
+from dspark.workers.drafter.tree_draw import TreeDraft, TreeRows, grow_trees, trees_of
 
 CPU_HEAD_TOP_K = 512
 NARROW_WIDTH = 64  # for trees, which look at many laws
@@ -42,12 +42,10 @@ class State:
     max_nodes: int
 
 
-class GraftedDrafter(ABC, Generic[Module]):
-    """Drafts with ``module`` for the requests of one verifier; what is kept of the context and how it drafts is a subclass's.
+class ModuleDrafter(Generic[Module]):
+    """What a drafter knows of the requests of one verifier, and the pools of its ``module``.
 
-    ``law_width`` ids support the law shipped under the ratio rule. Features must come for every position whose KV
-    the target computes; positions that came with cached blocks are in the pools already. The pools have ``num_spare_blocks``
-    beyond the target's.
+    ``law_width`` ids support the law shipped under the ratio rule. The pools have ``num_spare_blocks`` beyond the target's.
     """
 
     def __init__(self, module: Module, tables: BlockTables, law_width: int, num_spare_blocks: int = 0) -> None:
@@ -65,36 +63,6 @@ class GraftedDrafter(ABC, Generic[Module]):
     def project(self, taps: Any) -> Tensor:
         """Context features [n, d] of concatenated taps [n, len(taps) * d]."""
         return self.module.project(taps)
-
-    @torch.no_grad()
-    def propose(self, turns: Sequence[DraftTurn]) -> None:
-        """Store the context of all turns, in one pass a layer, and note what each request may draft next."""
-        use_device(self._device)
-        for turn in turns:
-            self._advance(turn)
-        fed = [(turn, count) for turn in turns if (count := num_usable(turn)) > 0]
-        if fed:
-            self._store(fed)
-
-    @abstractmethod
-    def _store(self, fed: Sequence[tuple[DraftTurn, int]]) -> None:
-        """Keep the context of each turn's first so many features."""
-
-    @torch.no_grad()
-    def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
-        """Draft up to ``want[id]`` tokens for every request that has a turn, as a chain or a tree; computed here and now."""
-        counts = {request_id: self._num_wanted(request_id, limit) for request_id, limit in want.items()}
-        chosen = [request_id for request_id, count in counts.items() if count > 0]
-        if not chosen:
-            return {}
-        states = [self._states[request_id] for request_id in chosen]
-        with unplanned_attention(self._device):
-            trees = self._draft(chosen, states, [counts[request_id] for request_id in chosen])
-        return {tree.request_id: tree for tree in trees}
-
-    @abstractmethod
-    def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:
-        """Draft at most ``counts`` nodes for every request."""
 
     def block_pools(self) -> dict[str, Tensor]:
         """What is kept under the target's block ids, by name: [num_blocks, ...]."""
@@ -125,6 +93,43 @@ class GraftedDrafter(ABC, Generic[Module]):
         if state is None or not state.max_draft:
             return 0
         return min(limit, state.max_nodes or min(state.max_draft, self.block_size))
+
+
+class GraftedDrafter(ModuleDrafter[Module], ABC):
+    """Drafts with ``module`` for the requests of one verifier; what is kept of the context and how it drafts is a subclass's.
+
+    Features must come for every position whose KV the target computes; positions that came with cached blocks are in the pools already.
+    """
+
+    @torch.no_grad()
+    def propose(self, turns: Sequence[DraftTurn]) -> None:
+        """Store the context of all turns, in one pass a layer, and note what each request may draft next."""
+        use_device(self._device)
+        for turn in turns:
+            self._advance(turn)
+        fed = [(turn, count) for turn in turns if (count := num_usable(turn)) > 0]
+        if fed:
+            self._store(fed)
+
+    @abstractmethod
+    def _store(self, fed: Sequence[tuple[DraftTurn, int]]) -> None:
+        """Keep the context of each turn's first so many features."""
+
+    @torch.no_grad()
+    def collect(self, want: Mapping[str, int], wait_s: float) -> dict[str, DraftTree]:
+        """Draft up to ``want[id]`` tokens for every request that has a turn, as a chain or a tree; computed here and now."""
+        counts = {request_id: self._num_wanted(request_id, limit) for request_id, limit in want.items()}
+        chosen = [request_id for request_id, count in counts.items() if count > 0]
+        if not chosen:
+            return {}
+        states = [self._states[request_id] for request_id in chosen]
+        with unplanned_attention(self._device):
+            trees = self._draft(chosen, states, [counts[request_id] for request_id in chosen])
+        return {tree.request_id: tree for tree in trees}
+
+    @abstractmethod
+    def _draft(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int]) -> list[DraftTree]:
+        """Draft at most ``counts`` nodes for every request."""
 
     def _as_chains(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int], draft: BlockDraft) -> list[DraftTree]:
         """The first ``counts`` tokens of every row of a draft."""
@@ -222,20 +227,23 @@ class LocalDrafter(GraftedDrafter[DSparkModule]):
     def _trees(self, request_ids: Sequence[str], states: Sequence[State], counts: Sequence[int], hidden: Tensor) -> list[DraftTree]:
         """Draft trees of at most ``counts`` nodes."""
         levels = [min(state.max_draft, self.block_size) for state in states]
-        rows = TreeRows(self._draw_rows(states), counts, levels)
-        drafts = draw_trees(self.module, hidden, self._anchors(states), rows, min(self._law_width, NARROW_WIDTH), self._head_top_k)
-        return [
-            DraftTree(
-                request_id=request_id,
-                base_len=state.base_len,
-                tokens=draft.tokens,
-                parents=draft.parents,
-                confidence=draft.confidence,
-                law=None if state.sampling.is_exact else DraftLaw(draft.ids, draft.probs),
-                margin=draft.margin,
-            )
-            for request_id, state, draft in zip(request_ids, states, drafts, strict=True)
-        ]
+        rows = TreeRows(self._draw_rows(states), self._tensor(levels), max(counts), max(levels))
+        grown = grow_trees(self.module, hidden, self._anchors(states), rows, min(self._law_width, NARROW_WIDTH), self._head_top_k)
+        trees = trees_of(grown.numbers.cpu().numpy(), grown.ids, grown.probs, counts)
+        return [drafted_tree(request_id, state, tree) for request_id, state, tree in zip(request_ids, states, trees, strict=True)]
+
+
+def drafted_tree(request_id: str, state: State, tree: TreeDraft) -> DraftTree:
+    """A request's tree as it is handed over."""
+    return DraftTree(
+        request_id=request_id,
+        base_len=state.base_len,
+        tokens=tree.tokens,
+        parents=tree.parents,
+        confidence=tree.confidence,
+        law=None if state.sampling.is_exact else DraftLaw(tree.ids, tree.probs),
+        margin=tree.margin,
+    )
 
 
 def num_usable(turn: DraftTurn) -> int:

@@ -79,6 +79,11 @@ class DraftPools:
         self._keys[layer][slots] = k
         self._values[layer][slots] = v
 
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy what the slots ``sources`` [n] hold to the slots ``targets`` [n], in every pool; the two may overlap."""
+        for pool in (*self._keys, *self._values):
+            pool.index_copy_(0, targets, pool.index_select(0, sources))
+
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """k and v [R, B * block_size, Hkv, D] of block ids [R, B]."""
         return self._gather(self._keys[layer], blocks), self._gather(self._values[layer], blocks)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dspark.drafting import FULL_RETRY_S, DraftBatch, Held
 from dspark.kv_blocks import KeepsBlocks
-from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn
+from dspark.types import BlockTables, Drafter, DraftTree, DraftTurn, FedStep
 from dspark.workers.drafter.draft_links import DraftLink, DraftLinks, Round, RoundTimes
 from dspark.workers.drafter.feature_store import FeatureStore
 from dspark.workers.drafter.grafted import FeatureProjection
@@ -63,8 +63,8 @@ class FeatureFeed:
     def __init__(self, projection: FeatureProjection, store: FeatureStore) -> None:
         self._projection, self._store = projection, store
 
-    def __call__(self, taps: Tensor, positions: Tensor, slots: Tensor) -> None:
-        self._store.write_slots(self._projection.project(taps), slots)
+    def __call__(self, taps: Tensor, ids: Tensor, positions: Tensor, step: FedStep) -> None:
+        self._store.write_slots(self._projection.project(taps), step.slots)
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """The features of slots go to other slots, as the target's KV does."""

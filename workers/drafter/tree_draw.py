@@ -16,7 +16,8 @@ m nodes are the best tree of m. Under the ratio rule a survival looks at the nod
 at its own token: whatever stops the list early knows only nodes that came before (docs/adr, and tests/test_lossless_trees.py).
 
 Levels are computed whole, for as many nodes as could still have a child among the n: a node at depth k with n - k
-better ones beside it cannot.
+better ones beside it cannot. With fixed shapes, which a graph needs, that is all that limits them; a tree of n nodes then begins with
+the tree of m that other requests of the batch want.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.draft_draw import child_salt, log_odds, race_order, truncate_law
@@ -41,11 +44,16 @@ MIN_CHANCE = 1e-5  # below it a candidate's margin falls no further
 
 @dataclass(frozen=True, slots=True)
 class TreeRows:
-    """What trees are wanted: per request the draw, most nodes and most levels."""
+    """What trees are wanted: per request the draw and most levels [R] int64; of them all most nodes and most levels.
+
+    ``is_fixed``: shapes hang on these numbers alone, and nothing waits for the device.
+    """
 
     draw: DrawRows
-    num_nodes: Sequence[int]
-    num_levels: Sequence[int]
+    levels: Tensor
+    num_nodes: int
+    num_levels: int
+    is_fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,18 @@ class TreeDraft:
     parents: tuple[int, ...]
     confidence: tuple[float, ...]
     margin: tuple[float, ...]
+    ids: Tensor
+    probs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GrownTrees:
+    """The best nodes of R trees, in order. ``numbers`` [R, 4 * n + 1] fp64: tokens, parents, confidence, margin, and how many there are.
+
+    ``ids``, ``probs`` [R, n, w]: the law of each node, given its earlier siblings.
+    """
+
+    numbers: Tensor
     ids: Tensor
     probs: Tensor
 
@@ -91,11 +111,22 @@ class _Nodes:
     salts: Tensor
 
 
-def draw_trees(
-    module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: TreeRows, width: int, head_top_k: int | None
-) -> list[TreeDraft]:
-    """Build a tree a request from laws truncated to ``width`` ids."""
+def grow_trees(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: TreeRows, width: int, head_top_k: int | None) -> GrownTrees:
+    """Build a tree a request from laws truncated to ``width`` ids: hidden [R, γ, d], anchors [R]."""
     return _Builder(module, hidden, rows, width, head_top_k).build(anchors)
+
+
+def trees_of(numbers: NDArray[np.float64], ids: Tensor, probs: Tensor, num_nodes: Sequence[int]) -> list[TreeDraft]:
+    """The trees of the first rows of ``GrownTrees``, of at most so many nodes each; ``numbers`` is on the host."""
+    size = numbers.shape[1] // 4
+    whole = numbers[:, : 2 * size].astype(np.int64)
+    trees = []
+    for row, limit in enumerate(num_nodes):
+        count = min(int(numbers[row, -1]), limit)
+        tokens, parents = (tuple(whole[row, begin : begin + count].tolist()) for begin in (0, size))
+        confidence, margin = (tuple(numbers[row, begin : begin + count].tolist()) for begin in (2 * size, 3 * size))
+        trees.append(TreeDraft(tokens, parents, confidence, margin, ids[row, :count], probs[row, :count]))
+    return trees
 
 
 class _Builder:
@@ -103,21 +134,21 @@ class _Builder:
 
     def __init__(self, module: DSparkModule, hidden: Tensor, rows: TreeRows, width: int, head_top_k: int | None) -> None:
         self.module = module
-        self.hidden = hidden[:, : max(rows.num_levels)]
+        self.hidden = hidden[:, : rows.num_levels]
         self.rows = rows
-        self.num_nodes = max(rows.num_nodes)
+        self.num_nodes = rows.num_nodes
         self.width = width
         self.base, self.candidates = base_law(module, self.hidden, head_top_k)
-        device = hidden.device
-        self.depth_limit = torch.tensor(rows.num_levels, device=device).view(-1, 1, 1)
+        self.depth_limit = rows.levels.view(-1, 1, 1)
         draw = rows.draw
         self.is_greedy = (draw.temperature == 0).view(-1, 1, 1)
         self.is_exact = self.is_greedy | draw.coupled.view(-1, 1, 1)
-        self.draws = hidden.is_cuda or not bool(self.is_greedy.all())  # to ask a GPU would take longer than to draw
+        self.is_fixed = rows.is_fixed or hidden.is_cuda  # to ask a GPU would take longer than to draw
+        self.draws = self.is_fixed or not bool(self.is_greedy.all())
         self.heat = torch.where(draw.temperature == 0, 1.0, draw.temperature)
         self.levels: list[_Level] = []
 
-    def build(self, anchors: Tensor) -> list[TreeDraft]:
+    def build(self, anchors: Tensor) -> GrownTrees:
         num_rows, device = anchors.shape[0], anchors.device
         head = self.module.markov_head
         nodes = _Nodes(
@@ -129,10 +160,12 @@ class _Builder:
         )
         for depth in range(self.hidden.shape[1]):
             state = self._grow(depth, nodes)
+            if depth + 1 == self.hidden.shape[1]:
+                break
             nodes = self._next_nodes(depth, nodes, state)
             if not nodes.tokens.shape[1]:
                 break
-        return self._trees()
+        return self._grown()
 
     def _grow(self, depth: int, nodes: _Nodes) -> Tensor | None:
         """Add the level of position ``depth`` after ``nodes``; returns the head's state behind them [R, B, r]."""
@@ -166,12 +199,13 @@ class _Builder:
     def _next_nodes(self, depth: int, parents: _Nodes, state: Tensor | None) -> _Nodes:
         """The candidates of the last level that may have children.
 
-        On CPU only as many as some request needs: a child of what is not among the best ``num_nodes`` so far is not either.
+        Where shapes may differ only as many as some request needs: a child of what is not among the best ``num_nodes`` so far is not
+        either.
         """
         level = self.levels[-1]
         survival, best = level.survival.flatten(1).sort(dim=1, descending=True, stable=True)
         count = min(self.num_nodes - depth - 1, best.shape[1])
-        if not best.is_cuda:
+        if not self.is_fixed:
             so_far = torch.cat([one.survival.flatten(1) for one in self.levels], dim=1)
             least = so_far.topk(min(self.num_nodes, so_far.shape[1]), dim=1).values[:, -1:]
             count = min(count, int(((survival >= least) & (survival > 0)).sum(1).max()))
@@ -206,25 +240,24 @@ class _Builder:
         logits = self.module.branch_confidence_logits(depth, self.hidden[:, depth], tokens)
         return torch.sigmoid(margin if logits is None else logits)
 
-    def _trees(self) -> list[TreeDraft]:
+    def _grown(self) -> GrownTrees:
         """The best nodes of every request, in order, with their laws."""
         levels = self.levels
         alive = torch.cat([level.survival.flatten(1) for level in levels], dim=1)
         order = alive.sort(dim=1, descending=True, stable=True).indices[:, : self.num_nodes]
-        tokens = torch.cat([level.tokens.flatten(1) for level in levels], dim=1).gather(1, order).tolist()
-        confidence = torch.cat([level.confidence.flatten(1) for level in levels], dim=1).gather(1, order).tolist()
-        margin = torch.cat([level.margin.flatten(1) for level in levels], dim=1).gather(1, order).tolist()
+        tokens, confidence, margin = (
+            torch.cat([part.flatten(1) for part in parts], dim=1).gather(1, order)
+            for parts in zip(*((level.tokens, level.confidence, level.margin) for level in levels), strict=True)
+        )
         num_candidates = levels[0].tokens.shape[2]
-        parents = torch.cat([level.parents for level in levels], dim=1).gather(1, order // num_candidates).tolist()
-        ids, probs = self._laws(order // num_candidates, order % num_candidates)
-        counts = torch.minimum((alive > 0).sum(1), torch.tensor(self.rows.num_nodes, device=alive.device)).tolist()
-        trees = []
-        for row, (count, nodes) in enumerate(zip(counts, order.tolist(), strict=True)):
-            place = {node: i for i, node in enumerate(nodes[:count])} | {-1: -1}
-            above = tuple(place[node] for node in parents[row][:count])
-            sure, odds = tuple(confidence[row][:count]), tuple(margin[row][:count])
-            trees.append(TreeDraft(tuple(tokens[row][:count]), above, sure, odds, ids[row, :count], probs[row, :count]))
-        return trees
+        parents = torch.cat([level.parents for level in levels], dim=1).gather(1, order // num_candidates)
+        places = torch.full_like(alive, -1.0).scatter(
+            1, order, torch.arange(order.shape[1], device=order.device).to(alive).expand_as(order)
+        )
+        above = torch.where(parents < 0, -1.0, places.gather(1, parents.clamp(min=0)))
+        counts = (alive > 0).sum(1, keepdim=True)
+        numbers = torch.cat([part.to(torch.float64) for part in (tokens, above, confidence, margin, counts)], dim=1)
+        return GrownTrees(numbers, *self._laws(order // num_candidates, order % num_candidates))
 
     def _laws(self, owner: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
         """The laws (ids, probs) [R, n, w] of candidates ``turn`` [R, n] of nodes ``owner`` (counted over all levels), each

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from dspark.kernels.kv_store import Projected, rotate_and_store, store_kv
 from dspark.kernels.paged_attention import AttentionRow, AttentionShape, PagedBatch, paged_attention
-from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
+from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention, slots_of
 
 ATTENTION_NAME = "dspark_paged"
 
@@ -83,7 +83,16 @@ class PagedStep:
     store: KVStore
     batch: PagedBatch
     slots: Tensor  # [num_real] int64: the slot of each real token; padding tokens at the tail have none
+    rows: Sequence[AttentionRow]
     taps: dict[int, Tensor] = field(default_factory=dict)
+
+    def slots_before(self, positions: Tensor) -> Tensor:
+        """Where KV of the position before each token lies; -1: there is none."""
+        size = self.store.block_size
+        tables = [row.table for row in self.rows for _ in range(row.length)]
+        before = [position - 1 for position in positions.tolist()]
+        found = [-1 if p < 0 else table[p // size] * size + p % size for p, table in zip(before, tables, strict=True)]
+        return torch.tensor(found, device=positions.device)
 
     def attend(self, layer: int, tensors: QKV, shape: AttentionShape, sinks: Tensor | None) -> Tensor:
         source = self.store.layers[layer].source
@@ -104,6 +113,10 @@ class RaggedStep:
     slots: Tensor  # [T] the slot of each token; -1 for padding
     taps: dict[int, Tensor] = field(default_factory=dict)
 
+    def slots_before(self, positions: Tensor) -> Tensor:
+        """Where KV of the position before each token lies; -1: there is none."""
+        return torch.where(self.slots >= 0, slots_of(self.batch, positions - 1), -1)
+
     def attend(self, layer: int, tensors: QKV, shape: AttentionShape, sinks: Tensor | None) -> Tensor:
         source = self.store.layers[layer].source
         keys, values = self.store.keys[source], self.store.values[source]
@@ -123,7 +136,7 @@ def make_step(store: KVStore, rows: Sequence[AttentionRow], slots: list[int], pa
     if device.type == "cuda":
         batch = RaggedBatch.plan(rows, store.block_size, device, len(slots) + padding)
         return RaggedStep(store, batch, torch.tensor(slots + [-1] * padding, device=device))
-    return PagedStep(store, PagedBatch.plan(rows, store.block_size, device), torch.tensor(slots, device=device))
+    return PagedStep(store, PagedBatch.plan(rows, store.block_size, device), torch.tensor(slots, device=device), rows)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.paged_attention import AttentionRow
+from dspark.types import FedStep
 from dspark.workers.verifier.attention import KVStore, PagedStep, RaggedStep, embedding_hook, make_step, tap_hook
 from dspark.workers.verifier.targets import Target
 
@@ -19,8 +20,8 @@ from dspark.workers.verifier.targets import Target
 class Feed(Protocol):
     """A drafter that takes its context inside the target's forward."""
 
-    def __call__(self, taps: Tensor, positions: Tensor, slots: Tensor) -> None:
-        """Keep the context of a step's tokens: taps [T, m * d], positions [T], slots [T] (-1: padding). Nothing may wait for the device."""
+    def __call__(self, taps: Tensor, ids: Tensor, positions: Tensor, step: FedStep) -> None:
+        """Keep the context of a step's tokens: taps [T, m * d], ids and positions [T]. Nothing may wait for the device."""
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy the context of slots [n] to other slots, as the target's KV is."""
@@ -104,7 +105,7 @@ class Forward:
         taps = torch.cat([step.taps[tap] for tap in self.taps], dim=-1)
         if self.feed is not None:
             count = step.slots.shape[0]
-            self.feed(taps[:count], positions[:count], step.slots)
+            self.feed(taps[:count], ids[:count], positions[:count], step)
         return StepOutput(output.logits[0], taps)
 
     @torch.inference_mode()

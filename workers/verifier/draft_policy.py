@@ -25,6 +25,7 @@ LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts a
 MAX_REST = 16  # rounds a request sits out at most
 MIN_GAIN = 0.03  # predicted: the best of many predictions is too good by about as much
 RETURN_GAIN = 0.08  # the same to come back from plain steps: what is known then comes from a few looks
+DEEPER_GAIN = 0.01  # of the best depth over a smaller one, which is taken otherwise: both are predicted from the same drafts
 LEARN = 0.02  # of a mean confidence, for each draft seen
 
 
@@ -138,13 +139,13 @@ class DraftPolicy:
         """The depth with the most predicted tokens a second, its drafting paid for; 0 if that is not enough more than plain ones."""
         ranking, share = rank(self._recent), outlook.num_drafting / len(self._recent)
         num_rows, seconds = outlook.num_rows, outlook.seconds
-        best = 0.0
+        found: list[float] = []
         for depth in range(1, self.block_size + 1):
             expected = num_rows + _accepted(ranking.down_to(depth).survival, share)[: len(seconds)]
             values = expected / (seconds[: len(expected)] + outlook.drafting[depth - 1])
-            value = float(values[-1] if outlook.verifies_all else values.max())
-            if value > best:
-                self.best, best = depth, value
+            found.append(float(values[-1] if outlook.verifies_all else values.max()))
+        best = max(found)
+        self.best = 1 + next(i for i, value in enumerate(found) if value >= best * (1 - DEEPER_GAIN))
         self.gain = best * outlook.plain_s / num_rows
         return self.best if self.gain > 1 + (MIN_GAIN if self._depth else RETURN_GAIN) else 0
 

@@ -110,6 +110,7 @@ def all_cases(maker: Maker, sizes: Sizes) -> Iterator[Case]:
         ):
             yield sampling_case(maker, sizes, requests, name, (temperature, top_k, top_p))
         yield judge_case(maker, sizes, requests)
+        yield edit_case(maker, sizes, requests)
 
 
 def layer_cases(maker: Maker, sizes: Sizes, count: int) -> Iterator[Case]:
@@ -429,6 +430,34 @@ def judge_case(maker: Maker, sizes: Sizes, requests: int) -> Case:
 
     moved = requests * (length + 1) * sizes.vocab * maker.dtype.itemsize
     return Case("judge_chains", f"{requests} x {length}, ratio", moved, make, waits=True)
+
+
+def edit_case(maker: Maker, sizes: Sizes, requests: int) -> Case:
+    """Bias, penalties and a mask over the rows of chains of five drafts."""
+    import torch
+
+    from dspark.kernels import edit_logits as kernel
+
+    length, width = 5, 16
+
+    def make(seed: int) -> Calls:
+        count = requests * (length + 1)
+        logits, ids = maker.normal(seed, count, sizes.vocab), maker.normal(seed + 1, requests, width)
+        numbers = torch.arange(count, dtype=torch.int32, device=maker.device)
+        starts = torch.arange(requests + 1, dtype=torch.int32, device=maker.device) * width
+        listed = torch.arange(requests * width, dtype=torch.int32, device=maker.device) % sizes.vocab
+        rows = kernel.EditRows(numbers // (length + 1), numbers % (length + 1), numbers.long())
+        repetition, presence, frequency = (maker.full(scale, requests, torch.float32) for scale in (1.1, 0.5, 0.2))
+        places, never = torch.arange(requests, dtype=torch.int32, device=maker.device), maker.full(1 << 20, requests, torch.int64)
+        values = ids.float().flatten()
+        edits = kernel.Edits(places, repetition, presence, frequency, starts, listed, values, starts, listed, never)
+        drafts = torch.arange(requests * length, device=maker.device).view(requests, length) % sizes.vocab
+        counts = torch.zeros(requests, sizes.vocab, dtype=torch.int32, device=maker.device)
+        args = (logits, rows, edits, drafts, counts, torch.zeros_like(logits, dtype=torch.float32))
+        return Calls(partial(kernel.launch, *args), partial(kernel.reference, *args))
+
+    moved = requests * (length + 1) * sizes.vocab * (maker.dtype.itemsize + 16)
+    return Case("edit_logits", f"{requests} x {length + 1} rows", moved, make, waits=True)
 
 
 def _chains(maker: Maker, logits: Tensor, requests: int, length: int) -> Chains:

@@ -39,6 +39,7 @@ from dspark.workers.verifier.cost_cache import device_name, fingerprint
 from dspark.workers.verifier.cost_cache import load as load_costs
 from dspark.workers.verifier.cost_cache import save as save_costs
 from dspark.workers.verifier.costs import CostTable
+from dspark.workers.verifier.device_edits import DeviceEdits
 from dspark.workers.verifier.engine import Engine, EngineOptions
 from dspark.workers.verifier.fused import fuse
 from dspark.workers.verifier.memory import CudaMemory, free_bytes, kv_capacity, measure_reserve
@@ -352,7 +353,8 @@ def _kv_tokens(config: EngineConfig, target: Target, bytes_per_token: int) -> in
     if target.device.type != "cuda":
         return kv_capacity(config.kv_tokens, target)
     probe, steps = CudaMemory(target.device), config.step_tokens(True)
-    reserve = measure_reserve(target, probe, steps, min(config.graph_tokens, steps), bytes_per_token)
+    edit_bytes = DeviceEdits.num_bytes(config.max_num_seqs, target.vocab_size) if config.graph_tokens else 0
+    reserve = measure_reserve(target, probe, steps, min(config.graph_tokens, steps), bytes_per_token, edit_bytes)
     torch.cuda.empty_cache()
     return kv_capacity(config.kv_tokens, target, reserve=reserve, probe=probe)
 

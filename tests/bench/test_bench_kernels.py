@@ -22,6 +22,7 @@ KERNELS = {
     "judge_chains",
     "kv_store",
     "draft_rows",
+    "edit_logits",
     "best_of_groups",
     "markov_sample",
     "pack_blocks",

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from dspark.bench.kernel_cases import SMALL, Maker, all_cases, sampling_rows
-from dspark.kernels import draft_rows, group_best, kv_store, ragged_attention, rotary, sampling, small_linear, step_end
+from dspark.kernels import draft_rows, edit_logits, group_best, kv_store, ragged_attention, rotary, sampling, small_linear, step_end
 
 DIALECT = GPUTarget("cuda", 90, 32)
 
@@ -60,6 +60,7 @@ def main() -> None:
         step_end.launch(fields[0], fields[0], fields[0], fields[1], torch.zeros(16, dtype=torch.bool))
         accepted = torch.zeros(2, dtype=torch.int32)
         step_end.launch_chains(starts[1], accepted, accepted, accepted, fields[0], torch.zeros(16, dtype=torch.bool))
+        edit_logits.launch_count(starts[1], accepted, accepted, accepted, torch.zeros(2, 64, dtype=torch.int32))
         logits, rows = maker.normal(0, 2, 64), sampling_rows(maker, 2, (1.0, 5, 0.9))
         sampling.write_laws(logits, rows, sampling.settle(logits, rows))
     print(" ".join(sorted(compiled)))

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 KERNELS = (
-    "accept angles attend begin best_of_groups copy_blocks draw_block draw_residual gate gather_taps multiply multiply_at_once"
-    " normalise note_best note_chains pack place rotate rotate_store settle store_kv write_laws"
+    "accept add_and_mask angles attend begin best_of_groups copy_blocks count_tokens draw_block draw_residual gate gather_taps multiply"
+    " multiply_at_once normalise note_best note_chains pack penalise place rotate rotate_store settle store_kv write_laws"
 )
 ROOT = Path(__file__).resolve().parents[2]
 

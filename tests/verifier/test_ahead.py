@@ -12,7 +12,7 @@ from helpers.toy_tokenizers import byte_level
 
 from dspark.kernels.graphs import plain_calls
 from dspark.sampling import SamplingParams
-from dspark.types import Finish, Request, StepOutcome, VerifyPlan
+from dspark.types import Finish, LatencyBudget, Request, StepOutcome, VerifyPlan
 from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.costs import CostTable, Curve, LiveCosts
 from dspark.workers.verifier.engine import Engine
@@ -133,7 +133,7 @@ def test_prompts_of_new_requests_are_computed_apart(target: Target, mixed: bool)
     plans: list[VerifyPlan] = []
     engine.on_step = lambda plan, times: plans.append(plan)
     if mixed:
-        coming[4] = dataclasses.replace(coming[4], sampling=dataclasses.replace(coming[4].sampling, logprobs=1))
+        coming[4] = dataclasses.replace(coming[4], sampling=dataclasses.replace(coming[4].sampling, prompt_logprobs=1))
     assert same(run(engine, coming), wanted)
     alone = [plan for plan in plans[1:] if all(row.num_known > 1 for row in plan.rows)]
     beside = [plan for plan in plans if len({row.num_known > 1 for row in plan.rows}) == 2]
@@ -224,13 +224,31 @@ def _count_plans(engine: Engine) -> list[VerifyPlan]:
 @pytest.mark.parametrize(
     "params", [{"presence_penalty": 0.5}, {"logprobs": 1}, {"min_tokens": 15}, {"temperature": 0.8, "seed": 1, "logprobs": 0}]
 )
-def test_what_needs_the_host_is_not_run_ahead(target: Target, params: dict[str, Any]) -> None:
+def test_edits_and_scores_run_ahead_as_well(target: Target, params: dict[str, Any]) -> None:
     wanted = run(make_engine(target), requests(**params))
     engine = ahead(target)
     results = run(engine, requests(**params))
     assert same(results, wanted)
     assert all(outcome.logprobs is not None or "logprobs" not in params for outcome in results["r2"].outcomes)
-    assert engine.ahead.launched == 0 or "min_tokens" in params
+    assert engine.ahead.launched > 10
+
+
+@pytest.mark.parametrize(("tpot_ms", "launches"), [(1e4, True), (1.0, False)])
+def test_budgets_that_plain_steps_keep_by_far_need_no_plans(target: Target, tpot_ms: float, launches: bool) -> None:
+    """Steps that take a second or two, by the table, keep ten seconds a token; a millisecond is planned for."""
+    budgeted = [dataclasses.replace(r, latency_budget=LatencyBudget(tpot_ms=tpot_ms)) for r in requests(max_tokens=40)]
+    wanted = run(make_engine(target), budgeted)
+    engine = ahead(target, NgramDrafter(), costs=DEAR, speculation="off", max_num_seqs=3)
+    assert same(run(engine, budgeted), wanted)
+    assert (engine.ahead.launched > 10) is launches
+    engine.aside.close()
+
+
+def test_a_budget_without_a_table_is_planned_for(target: Target) -> None:
+    engine = ahead(target)
+    budgeted = [dataclasses.replace(r, latency_budget=LatencyBudget(tpot_ms=1e6)) for r in requests()]
+    assert same(run(engine, budgeted), run(make_engine(target), budgeted))
+    assert engine.ahead.launched == 0
 
 
 def test_paused_speculation_runs_ahead_and_comes_back(target: Target) -> None:

@@ -4,14 +4,15 @@ The tokens are on the device, where the next step takes them from (``step_buffer
 request goes one position further. So the device computes step t + 1 while the host commits step t. A request that step t ended takes
 part in step t + 1 for nothing; its token is dropped, and what it wrote lies in blocks that later steps write before they read.
 
-That holds while nothing but plain decoding happens: all running requests take the target's own token, the best one or one that the
-device draws (``device_judge.py``), and draft nothing, and so will those who are let in (``gate.py``), whose prompts are rows of such a
-step. Anything else ends it: the step under way lands, and the next one is planned as ever (``flights.py``).
+That holds while nothing but plain decoding happens: all running requests take a token that the device finds (``device_judge.py``) and
+draft nothing, and so will those who are let in (``gate.py``), whose prompts are rows of such a step. What they were promised a token must
+be far more than such a step takes: nobody plans it. Anything else ends it: the step under way lands, and the next one is planned as ever
+(``flights.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +20,18 @@ from numpy.typing import NDArray
 
 from dspark.types import DeviceDrafts, VerifyPlan
 from dspark.workers.blocks import BlockPool
+from dspark.workers.verifier.device_edits import EDIT_ROWS
+from dspark.workers.verifier.edits import LogitEdits
 from dspark.workers.verifier.forward import BestTokens
 from dspark.workers.verifier.gate import Gate
 from dspark.workers.verifier.runner import Runner, StepResult
 from dspark.workers.verifier.scheduler import Scheduler
 from dspark.workers.verifier.sequence import Sequence
-from dspark.workers.verifier.step_buffers import HostStep
+from dspark.workers.verifier.step_buffers import Asked, HostStep
 
+AMPLE = 0.7  # of a budget that plain steps may take at most where nobody plans them
 Ints = NDArray[np.int64]
+PlainSeconds = Callable[[int, int], float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +69,22 @@ class DraftedFlight:
 
 
 class RunAhead:
-    """Launches plain steps early. ``can_run``: the drafter needs nothing of them on the host; ``gate``: when others are let in."""
+    """Launches plain steps early. ``can_run``: the drafter needs nothing of them on the host; ``gate``: when others are let in.
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, pool: BlockPool, max_model_len: int, can_run: bool, gate: Gate) -> None:
-        self._gate = gate
+    ``plain_seconds``: of a step of so many requests over so many positions; None where that is not measured.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        pool: BlockPool,
+        max_model_len: int,
+        can_run: bool,
+        gate: Gate,
+        plain_seconds: PlainSeconds = lambda _, __: None,
+    ) -> None:
+        self._gate, self._plain_seconds = gate, plain_seconds
         self._max_model_len = max_model_len
         self._runner = runner
         self._scheduler = scheduler
@@ -81,9 +98,8 @@ class RunAhead:
         if not self.can_run or result.best is None or any(result.num_scored):
             return None
         rows = [sequences[row.request_id] for row in plan.rows]
-        if len(rows) != len(self._scheduler.running) or not all(
-            row.samples and not row.num_draft and is_simple(sequence) and sequence.takes_best
-            for row, sequence in zip(plan.rows, rows, strict=True)
+        if not self._is_alone(rows) or not all(
+            row.samples and not row.num_draft and sequence.takes_best for row, sequence in zip(plan.rows, rows, strict=True)
         ):
             return None
         positions = np.fromiter((sequence.num_known for sequence in rows), np.int64, len(rows))
@@ -123,7 +139,8 @@ class RunAhead:
         scheduler = self._scheduler
         places = max(0, scheduler.limits.max_num_seqs - len(scheduler.running))
         num_prompt = sum(sequence.num_known for sequence in scheduler.waiting[:places])
-        return min(depth, max(1, (self._runner.max_launched - num_prompt) // num_rows - 1))
+        room = min(self._runner.max_launched - num_prompt, self._most_rows(scheduler.running))
+        return min(depth, max(1, room // num_rows - 1))
 
     def reserve_drafts(
         self, sequences: list[Sequence], reaches: Ints, num_drafts: int, asks_gate: bool, may_join: bool
@@ -134,8 +151,14 @@ class RunAhead:
         are let in by that step, which takes ``may_join``: they go on as the others do.
         """
         self.gate_opened = False
-        room = self._runner.max_launched - len(sequences) * (num_drafts + 1)
-        if not self.can_run or room < 0 or int(reaches.max()) > self._max_model_len or not self._is_alone(sequences):
+        num_rows = len(sequences) * (num_drafts + 1)
+        room = self._runner.max_launched - num_rows
+        if (
+            not self.can_run
+            or min(room, self._most_rows(sequences) - num_rows) < 0
+            or int(reaches.max()) > self._max_model_len
+            or not self._is_alone(sequences)
+        ):
             return None
         coming = self._coming(room, may_join) if asks_gate else []
         if coming is None:
@@ -159,11 +182,26 @@ class RunAhead:
         step = HostStep.of_drafts([self._pool.table(sequence.request.id) for sequence in sequences], num_drafts + 1, asked)
         step = self._joined(step, coming) if coming else step
         best = self._runner.launch_drafts(step, drafts, len(sequences), num_drafts)
-        return DraftedFlight(sequences, num_drafts, best, coming, asked is not None)
+        return DraftedFlight(sequences, num_drafts, best, coming, asked[0] is not None)
 
     def _is_alone(self, sequences: list[Sequence]) -> bool:
         """Whether these are all that runs."""
-        return len(sequences) == len(self._scheduler.running) and all(map(is_simple, sequences))
+        return len(sequences) == len(self._scheduler.running) and all(map(can_fly, sequences)) and self.keeps_budgets(sequences)
+
+    def keeps_budgets(self, sequences: list[Sequence]) -> bool:
+        """Whether steps of these that nobody plans keep what they were promised, and by far: drafts are only for what is faster."""
+        promised = [s.request.latency_budget.tpot_ms for s in sequences if s.request.latency_budget.tpot_ms is not None]
+        if not promised:
+            return True
+        seconds = self._plain_seconds(len(sequences), sum(s.num_known for s in sequences))
+        return seconds is not None and seconds <= AMPLE * min(promised) / 1e3
+
+    def _most_rows(self, sequences: list[Sequence]) -> int:
+        """Rows of logits that a step of these may have beside those of who is let in by it, to be judged on the device."""
+        scheduler, most = self._scheduler, self._runner.max_launched
+        coming = scheduler.waiting[: max(0, scheduler.limits.max_num_seqs - len(scheduler.running))]
+        has_edits = any(s.edits is not None for s in sequences) or any(s.edits is not None for s in coming)
+        return min(most, EDIT_ROWS - len(coming)) if has_edits else most
 
     def _coming(self, room: int, may_join: bool) -> list[Sequence] | None:
         """Who is let in by the step to be launched, with prompts of ``room`` tokens at most; None: the gate opens and nobody can join."""
@@ -189,6 +227,8 @@ class RunAhead:
         ``may_join``: with the prompts of requests that are let in, where a graph has room for all of them.
         """
         size = self._pool.block_size
+        if len(rows) > self._most_rows(rows):
+            return None
         coming = self._coming(self._runner.max_launched - len(rows), may_join) if asks_gate else []
         if coming is None:
             return None
@@ -198,7 +238,7 @@ class RunAhead:
             rows, positions, source = [rows[i] for i in kept], positions[kept], source[kept]
             slots = None if slots is None else slots[kept]
         begins = np.flatnonzero(positions % size == 0) if slots is not None else np.arange(len(rows))
-        if not rows or len(rows) > self._runner.max_launched or len(begins) > self._pool.num_free:
+        if not rows or len(begins) > self._pool.num_free:
             return None
         slots = np.empty(len(rows), dtype=np.int64) if slots is None else slots
         for i in begins:
@@ -210,7 +250,8 @@ class RunAhead:
             sequence.num_reserved = position + 1
         tables = [self._pool.table(sequence.request.id) for sequence in rows]
         count, asked = len(rows), asked_of([*rows, *coming])
-        step = HostStep((), positions, slots, np.arange(count), np.ones(count, dtype=np.int64), positions + 1, tables, source, asked=asked)
+        ones = np.ones(count, dtype=np.int64)
+        step = HostStep((), positions, slots, np.arange(count), ones, positions + 1, tables, source, asked=asked[0], edits=asked[1])
         self.launched += 1
         if not coming:
             return Flight(rows, positions, slots, self._runner.launch(step))
@@ -243,14 +284,25 @@ class RunAhead:
             tables=[*step.tables, *tables],
             source=None if step.source is None else np.concatenate([step.source, np.full(len(ids), -1)]),
             asked=step.asked,
+            edits=step.edits,
         )
 
 
-def is_simple(sequence: Sequence) -> bool:
-    """Whether its next step can be plain whatever this one brings."""
-    return sequence.takes_own and sequence.request.latency_budget.tpot_ms is None
+def can_fly(sequence: Sequence) -> bool:
+    """Whether its next step can be launched before the host knows what this one brings, budgets apart."""
+    return not sequence.scores_prompt
 
 
-def asked_of(sequences: list[Sequence]) -> bytes | None:
-    """What they ask of sampling, in order; None where all are greedy."""
-    return b"".join([s.asked for s in sequences]) if any(s.is_sampled for s in sequences) else None
+def has_budget(sequence: Sequence) -> bool:
+    """Whether it was promised a time a token."""
+    return sequence.request.latency_budget.tpot_ms is not None
+
+
+def asked_of(sequences: list[Sequence]) -> Asked:
+    """What they ask of sampling and do to their logits, in order."""
+    edits: tuple[LogitEdits | None, ...] | None = None
+    if any(s.edits is not None for s in sequences):
+        edits = tuple([s.edits if s.needs_edits else None for s in sequences])
+        edits = edits if any(edits) else None
+    is_judged = edits is not None or any(s.is_sampled for s in sequences)
+    return b"".join([s.asked for s in sequences]) if is_judged else None, edits

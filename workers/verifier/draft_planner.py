@@ -131,6 +131,10 @@ class DraftPlanner:
         drafting = [costs.table.draft_seconds(num_drafting, depth, drafted_context) for depth in range(1, self.policy.block_size + 1)]
         return Outlook(len(rows), num_drafting, plain_s, seconds * factor, np.array(drafting) * factor, verifies_all=self.runs_ahead)
 
+    def plain_seconds(self, num_rows: int, context: int) -> float | None:
+        """Seconds of a step of so many requests without drafts; None without a table."""
+        return None if self.costs is None else self.costs.plain_seconds(num_rows, context)
+
     def typical_seconds(self, num_rows: int, context: int) -> float:
         """Seconds of drafting and verifying for that many requests with as many drafts each as the last steps had; 0 without a table."""
         if self.costs is None or not num_rows:

@@ -135,7 +135,8 @@ class Engine:
         self._untold = Untold()
         self._tells_late = self._ships_features and isinstance(drafter, KeepsBlocks) and not isinstance(drafter, DraftsAhead)
         can_run_ahead = options.overlapped and not self._ships_features
-        self.ahead = RunAhead(self.runner, self.scheduler, pool, options.max_model_len, can_run_ahead, Gate(clock))
+        gate, plain_seconds = Gate(clock), self.drafts.plain_seconds
+        self.ahead = RunAhead(self.runner, self.scheduler, pool, options.max_model_len, can_run_ahead, gate, plain_seconds)
         self.drafts.runs_ahead, self.drafts.max_launched = self.ahead.can_run, self.runner.max_launched
         self.flights = Flights(self)
         self.landed_s = 0.0  # when the verdicts of the last step were known; 0 while nothing ran before
@@ -181,6 +182,8 @@ class Engine:
             sequence.text.push(sequence.output)
         sequence.stop_ids = self._stop_ids(sequence)
         sequence.stop_set = frozenset(sequence.stop_ids)
+        if sequence.edits is not None:
+            sequence.edits.stop_ids = sequence.stop_ids
         if not self.sequences:
             self.landed_s = 0.0  # what passed since the last step was no work
         self.sequences[request.id] = sequence
@@ -230,6 +233,7 @@ class Engine:
             if is_for_new:
                 self.flights.resume()
             return []
+        self.runner.forget_counts()
         depth = 0 if is_for_new else self.flights.begin(plan, result, times.num_drafting > 0)
         verdicts = self._judge(plan, result)
         self.target.check()
@@ -508,6 +512,7 @@ class Engine:
         for sequence in ended:
             del self.sequences[sequence.id]
             self.scheduler.remove(sequence)
+            self.runner.release(sequence.id)
         if ended:
             self.drafter.close([sequence.id for sequence in ended])
         if not self.sequences:

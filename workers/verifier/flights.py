@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from dspark.types import Continuations, ContinuesSteps, DraftedChains, DraftsAhead, Mode, Speculation, StepOutcome, VerifyPlan
-from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints, asked_of, is_simple
+from dspark.types import Continuations, ContinuesSteps, DraftedChains, DraftsAhead, Mode, Speculation, StepOutcome, TokenLogprob, VerifyPlan
+from dspark.workers.verifier.ahead import DraftedFlight, Flight, Ints, asked_of, can_fly, has_budget
+from dspark.workers.verifier.forward import BestTokens
 from dspark.workers.verifier.runner import StepResult
 from dspark.workers.verifier.sequence import Sequence
 from dspark.workers.verifier.verdict import Verdict
@@ -53,10 +54,10 @@ class Flights:
     def begin(self, plan: VerifyPlan, result: StepResult, has_drafts: bool) -> int | None:
         """Launch the step after a planned one that runs, where it can be known; how deep to draft for it (None: too early to say).
 
-        A planned step leaves the best tokens on the device: requests that are sampled fly on when the host has judged it.
+        A planned step leaves the best tokens on the device: requests that take others fly on when the host has judged it.
         """
         sequences = [self._engine.sequences[row.request_id] for row in plan.rows]
-        if any(sequence.is_sampled for sequence in sequences) and self._go_on_alike(sequences):
+        if not all(sequence.takes_best for sequence in sequences) and self._go_on_alike(sequences):
             return None
         depth = self._depth_behind(plan)
         if depth == 0:
@@ -73,9 +74,10 @@ class Flights:
         return self._land_drafted(self._drafted)
 
     def can_resume(self, behind_prompts: bool = True) -> bool:
-        """Whether all that run go on alike from tokens that the host knows: behind a step with prompts, or where some are sampled."""
+        """Whether all that run go on alike from tokens that the host knows: behind a step with prompts, or where some take other tokens
+        than the best ones."""
         running = self._engine.scheduler.running
-        if not self._engine.ahead.can_run or not (behind_prompts or any(s.is_sampled for s in running)):
+        if not self._engine.ahead.can_run or not (behind_prompts or not all(s.takes_best for s in running)):
             return False
         return bool(running) and all(s.num_pending == 1 for s in running) and self._go_on_alike(running)
 
@@ -100,7 +102,7 @@ class Flights:
         for sequence in sequences:
             sequence.num_taught = len(sequence.tokens)
         nothing = np.zeros(len(sequences), np.int64)
-        rows = Continuations(names, np.array(known) - 1, nothing, np.arange(len(sequences)), asked_of(sequences))
+        rows = Continuations(names, np.array(known) - 1, nothing, np.arange(len(sequences)), asked_of(sequences)[0])
         self._drafted = self._launch(sequences, rows, depth, asks_gate=False)
 
     def drop(self) -> None:
@@ -142,8 +144,8 @@ class Flights:
         bases = np.fromiter((row.start + row.num_known for row in rows), np.int64, len(rows))
         drafted = np.fromiter((row.num_draft for row in rows), np.int64, len(rows))
         first_rows = np.fromiter((result.first_row[i] for i in chosen), np.int64, len(rows))
-        can_fly = len(rows) == len(plan.rows) and not any(result.num_scored)
-        depth = max(sequence.draft_depth for sequence in sequences) if can_fly and _are_alike(sequences) else 0
+        may_fly = len(rows) == len(plan.rows) and not any(result.num_scored)
+        depth = max(sequence.draft_depth for sequence in sequences) if may_fly and _are_alike(sequences) else 0
         return self._launch(sequences, Continuations([s.id for s in sequences], bases, drafted, first_rows), depth)
 
     def _can_continue(self, request_id: str) -> bool:
@@ -186,10 +188,12 @@ class Flights:
         engine.counters.step_tokens += len(tokens) + flight.num_prompt
         outcomes: list[StepOutcome] = []
         ended: list[Sequence] = []
-        landed = [(s, token) for s, token in zip(flight.sequences, tokens, strict=True) if engine.is_running(s)]
-        for sequence, token in landed:  # the others ended, or were aborted, while this step was under way
+        landed = [(s, token, i) for i, (s, token) in enumerate(zip(flight.sequences, tokens, strict=True)) if engine.is_running(s)]
+        for sequence, token, row in landed:  # the others ended, or were aborted, while this step was under way
             sequence.draft = None
-            outcome = self._commit_one(sequence, token) or engine.commit_tokens(sequence, Verdict((token,), 0), 0, now_s)
+            outcome = self._commit_one(sequence, token) or engine.commit_tokens(
+                sequence, Verdict((token,), 0, _scores(flight.best, sequence, row, (token,))), 0, now_s
+            )
             outcomes.append(outcome)
             engine.scheduler.commit_ahead(sequence)
             if outcome.finish is not None:
@@ -198,10 +202,10 @@ class Flights:
         is_told = self._plain is None and not self.is_for_new and not turns
         if is_told or (self._untold >= TOLD_EVERY and isinstance(engine.drafter, DraftsAhead)):
             self._untold = 0
-            engine.propose_to([sequence for sequence, _ in landed], ended, depth)
+            engine.propose_to([sequence for sequence, *_ in landed], ended, depth)
         elif flight.num_new:
             new = flight.sequences[-flight.num_new :]
-            engine.propose_to([sequence for sequence, _ in landed if sequence in new], ended, 0, may_draft=False)
+            engine.propose_to([sequence for sequence, *_ in landed if sequence in new], ended, 0, may_draft=False)
         engine.forget(ended)
         if turns and engine.scheduler.running:
             self._fly(min(depth, self._longest(engine.scheduler.running[0].speculation)))
@@ -211,6 +215,8 @@ class Flights:
         """``commit_tokens`` of a plain token, if nothing could end the request with it; otherwise None, and nothing is done."""
         base_len = len(sequence.tokens) + 1
         if base_len >= sequence.max_len or token in sequence.stop_ids or sequence.text is not None or sequence.first_s is None:
+            return None
+        if sequence.edits is not None and sequence.edits.scores:
             return None
         sequence.append_one(token)
         self._engine.counters.count_plain()
@@ -232,7 +238,7 @@ class Flights:
             drafted = np.array([num_drafts] * len(alive) + [0] * len(joined), np.int64)
             first_rows = np.array([i * (num_drafts + 1) for i in alive] + [behind + i for i in joined], np.int64)
             names = [sequence.request.id for sequence in everybody]
-            rows = Continuations(names, bases, drafted, first_rows, asked_of(everybody))
+            rows = Continuations(names, bases, drafted, first_rows, asked_of(everybody)[0])
             self._drafted = self._launch(everybody, rows, depth)
         found = flight.best.numbers()
         own = found[:behind].reshape(-1, num_drafts + 1)
@@ -246,12 +252,15 @@ class Flights:
         accepted = (own >= 0).sum(axis=1) - 1 if flight.is_sampled else _num_accepted(own, chains, num_drafts)
         if flight.coming:
             engine.landed_s = 0.0  # it took longer than a round does
-        outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s)
+        firsts = [i * (num_drafts + 1) for i in alive]
+        outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s, (flight.best, firsts))
         self._note(chains, accepted, num_drafts, outcomes, now_s)
         lengths = [outcome.base_len for outcome in outcomes]
         drafter.follow([outcome.request_id for outcome in outcomes], lengths, [sequence.tokens[-1] for sequence in sequences])
         for i in joined:
-            outcome = engine.commit_tokens(flight.coming[i], Verdict((int(found[behind + i]),), 0), 0, now_s)
+            token = int(found[behind + i])
+            scores = _scores(flight.best, flight.coming[i], behind + i, (token,))
+            outcome = engine.commit_tokens(flight.coming[i], Verdict((token,), 0, scores), 0, now_s)
             outcomes.append(outcome)
             engine.scheduler.commit_ahead(flight.coming[i])
             if outcome.finish is not None:
@@ -273,12 +282,16 @@ class Flights:
         """Whether there are requests that could be let in, and all of them go on as those do that run."""
         scheduler = self._engine.scheduler
         coming = scheduler.waiting[: scheduler.limits.max_num_seqs - len(scheduler.running)]
+        if any(map(has_budget, scheduler.running)) or any(map(has_budget, coming)):
+            return False  # how much of a prompt a step takes is planned for them
         return bool(coming) and self._go_on_alike([*scheduler.running, *coming])
 
     def _go_on_alike(self, sequences: list[Sequence]) -> bool:
         """Whether all of them take the target's own tokens and draft in the same way: as steps do that were launched before their turn."""
         drafter, first = self._engine.drafter, sequences[0].speculation
-        if isinstance(drafter, DraftsAhead) or not all(map(is_simple, sequences)) or not _are_alike(sequences):
+        if isinstance(drafter, DraftsAhead) or not all(map(can_fly, sequences)) or not _are_alike(sequences):
+            return False
+        if not self._engine.ahead.keeps_budgets(sequences):
             return False
         if first.mode is Mode.OFF or not drafter.block_size:
             return True
@@ -298,25 +311,36 @@ class Flights:
         return most if speculation.draft_len is None else min(most, speculation.draft_len)
 
     def _commit_chains(
-        self, sequences: list[Sequence], own: Ints, accepted: Ints, num_drafts: int, now_s: float
+        self,
+        sequences: list[Sequence],
+        own: Ints,
+        accepted: Ints,
+        num_drafts: int,
+        now_s: float,
+        scored: tuple[BestTokens, list[int]],
     ) -> tuple[list[StepOutcome], list[Sequence]]:
-        """Commit the accepted drafts of every row and the target's own token behind them; returns outcomes and requests that ended."""
+        """Commit the accepted drafts of every row and the target's own token behind them; returns outcomes and requests that ended.
+
+        ``scored``: where scores of tokens are, and the first row of logits of each sequence.
+        """
         engine = self._engine
         outcomes: list[StepOutcome] = []
         ended: list[Sequence] = []
         simple: list[Sequence] = []  # those that nothing could end
         counts: list[int] = []  # what they accepted
-        for sequence, row, count in zip(sequences, own.tolist(), accepted.tolist(), strict=True):
+        best, firsts = scored
+        for sequence, row, count, first in zip(sequences, own.tolist(), accepted.tolist(), firsts, strict=True):
             tokens = tuple(row[: count + 1])
             base_len = len(sequence.tokens) + count + 1
-            if base_len < sequence.max_len and sequence.text is None and sequence.stop_set.isdisjoint(tokens):
+            scores = _scores(best, sequence, first, tokens)
+            if base_len < sequence.max_len and sequence.text is None and sequence.stop_set.isdisjoint(tokens) and scores is None:
                 sequence.append(tokens, now_s)
                 simple.append(sequence)
                 counts.append(count)
                 outcome = StepOutcome(sequence.request.id, base_len, tokens, count, num_drafts, num_cached_tokens=sequence.num_cached)
             else:
                 sequence.draft = None
-                outcome = engine.commit_tokens(sequence, Verdict(tokens, count), num_drafts, now_s)
+                outcome = engine.commit_tokens(sequence, Verdict(tokens, count, scores), num_drafts, now_s)
                 if outcome.finish is not None:
                     ended.append(sequence)
             outcomes.append(outcome)
@@ -347,6 +371,14 @@ class Flights:
         engine.survival.observe_chains(confidence[part].tolist(), margin[part].tolist(), counts, is_cut)
         if engine.survival.has_enough:
             engine.aside.run(engine.survival.learn)
+
+
+def _scores(best: BestTokens, sequence: Sequence, first_row: int, tokens: tuple[int, ...]) -> tuple[TokenLogprob, ...] | None:
+    """Log-probabilities of a request's tokens, if it asks for them; they are behind each other from ``first_row`` on."""
+    if sequence.edits is None or not sequence.edits.scores:
+        return None
+    top = sequence.request.sampling.logprobs or 0
+    return tuple(best.score(first_row + i, token, top) for i, token in enumerate(tokens))
 
 
 def _are_alike(sequences: list[Sequence]) -> bool:

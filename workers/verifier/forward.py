@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.paged_attention import AttentionRow
-from dspark.types import FedStep
+from dspark.types import FedStep, TokenLogprob
 from dspark.workers.verifier.attention import KVStore, PagedStep, RaggedStep, embedding_hook, make_step, tap_hook
 from dspark.workers.verifier.targets import Target
 
@@ -51,6 +51,9 @@ class BestTokens(Protocol):
 
     def numbers(self) -> NDArray[np.int64]:
         """``read`` as an array of its own."""
+
+    def score(self, row: int, token: int, top: int) -> TokenLogprob:
+        """Log-probability of the token that was taken at a row, with ``top`` alternatives, where the step was judged with scores."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.small_linear import MAX_ROWS
 from dspark.kernels.step_end import note_best
 from dspark.kernels.top import first_argmax
-from dspark.types import DeviceDrafts
+from dspark.types import DeviceDrafts, TokenLogprob
 from dspark.workers.blocks import BlockPool
 from dspark.workers.verifier.attention import RaggedStep
+from dspark.workers.verifier.device_edits import Scores
 from dspark.workers.verifier.forward import Feed, Forward, StepInput, StepOutput
 from dspark.workers.verifier.fused import join_products
 from dspark.workers.verifier.step_buffers import NOTHING, HostStep, StepBuffers
@@ -47,9 +48,10 @@ class GraphSizes:
 
 
 class OwnTokens:
-    """The best token of every wanted row, on its way to the host."""
+    """The token of every wanted row, on its way to the host, and what it scored, if anybody asks for that."""
 
-    def __init__(self, tokens: Tensor, host: Tensor) -> None:
+    def __init__(self, tokens: Tensor, host: Tensor, scores: Scores | None = None) -> None:
+        self._scores = scores
         self._host = host[: tokens.shape[0]]
         self._host.copy_(tokens, non_blocking=True)
         self._done: torch.cuda.Event | None = None
@@ -68,6 +70,11 @@ class OwnTokens:
             self._done.synchronize()
         numbers: NDArray[np.int64] = self._host.numpy().copy()
         return numbers
+
+    def score(self, row: int, token: int, top: int) -> TokenLogprob:
+        """Log-probability of the token that was taken at a row, with ``top`` alternatives."""
+        assert self._scores is not None
+        return self._scores.of(row, token, top)
 
 
 class GraphForward(Forward):
@@ -147,10 +154,10 @@ class GraphForward(Forward):
         return self._outputs["logits"]
 
     @torch.inference_mode()
-    def own_tokens(self, count: int) -> OwnTokens:
-        """The first ``count`` best tokens of the step that was launched last; at most three are under way at once."""
+    def own_tokens(self, count: int, scores: Scores | None = None) -> OwnTokens:
+        """The first ``count`` tokens of the step that was launched last; at most three are under way at once."""
         self._turn = (self._turn + 1) % len(self._hosts)
-        return OwnTokens(self.buffers.own[:count], self._hosts[self._turn])
+        return OwnTokens(self.buffers.own[:count], self._hosts[self._turn], scores)
 
     def _row_choices(self, size: int) -> tuple[int, ...]:
         return self.buffers.row_choices(size, self.sizes.longest)

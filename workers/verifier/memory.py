@@ -71,14 +71,19 @@ class Reserve:
         return self.step_bytes + self.graph_bytes + SLACK_BYTES
 
 
-def measure_reserve(target: Target, probe: MemoryProbe, max_tokens: int, graph_tokens: int, bytes_per_token: int = 0) -> Reserve:
-    """Run the largest steps: ``max_tokens`` in one, and ``graph_tokens`` in a graph (0: there are none). ConfigError if they do not fit."""
+def measure_reserve(
+    target: Target, probe: MemoryProbe, max_tokens: int, graph_tokens: int, bytes_per_token: int = 0, judge_bytes: int = 0
+) -> Reserve:
+    """Run the largest steps: ``max_tokens`` in one, and ``graph_tokens`` in a graph (0: there are none). ConfigError if they do not fit.
+
+    ``judge_bytes``: what judging on the device keeps besides.
+    """
     try:
         step_bytes = probe.peak_bytes(lambda: _run_step(target, max_tokens))
         graph_bytes = 0
         if graph_tokens:
             logits = graph_tokens * target.vocab_size * target.dtype.itemsize  # kept for all graphs
-            graph_bytes = probe.peak_bytes(lambda: _run_step(target, graph_tokens)) + logits
+            graph_bytes = probe.peak_bytes(lambda: _run_step(target, graph_tokens)) + logits + judge_bytes
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"max_batch_tokens {max_tokens}: a step of so many tokens does not fit beside the weights on {target.device}"

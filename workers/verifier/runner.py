@@ -16,6 +16,7 @@ from dspark.kernels.graphs import Capture
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.types import DeviceDrafts, DeviceLaws, PlanRow, VerifyPlan
 from dspark.workers.blocks import BlockPool
+from dspark.workers.verifier.device_edits import DeviceEdits, Scores
 from dspark.workers.verifier.device_judge import DeviceJudge
 from dspark.workers.verifier.forward import BestTokens, Feed, Forward, StepInput
 from dspark.workers.verifier.graphs import GraphForward, GraphSizes, fitting
@@ -82,7 +83,8 @@ class Runner:
             self._model = self._graphs = GraphForward(target, pool, taps, feed, sizes, graphs.capture)
             if target.ranks is None:
                 self.draft_laws = _no_laws(graphs, target.device)
-                self._judge = DeviceJudge(self._graphs.buffers, graphs.max_rows, self.draft_laws, target.device, graphs.capture)
+                edits = DeviceEdits(graphs.max_rows, target.vocab_size, self.draft_laws.tokens)
+                self._judge = DeviceJudge(self._graphs.buffers, graphs.max_rows, self.draft_laws, edits, graphs.capture)
         self._sizes = () if sizes is None else sizes.tokens
         if target.ranks is not None:
             target.ranks.start(sizes)
@@ -122,22 +124,31 @@ class Runner:
         assert self._graphs is not None
         size = self.padded(len(step.positions))
         self._graphs.replay(size, step)
-        self._judge_launched(size, step, 0, 1)
-        return self._graphs.own_tokens(len(step.wanted))
+        return self._graphs.own_tokens(len(step.wanted), self._judge_launched(size, step, 0, 1))
 
     def launch_drafts(self, step: HostStep, drafts: DeviceDrafts, num_drafting: int, num_drafts: int) -> BestTokens:
         """``launch`` where the first ``num_drafting`` rows verify ``num_drafts`` drafts each, all of which are on the device."""
         assert self._graphs is not None
         size = self.padded(len(step.positions))
         self._graphs.replay_drafts(size, step, drafts, num_drafting, num_drafts + 1)
-        self._judge_launched(size, step, num_drafting, num_drafts + 1)
-        return self._graphs.own_tokens(len(step.wanted))
+        return self._graphs.own_tokens(len(step.wanted), self._judge_launched(size, step, num_drafting, num_drafts + 1))
 
-    def _judge_launched(self, size: int, step: HostStep, num_drafting: int, row_tokens: int) -> None:
-        """Leave the tokens of requests that are sampled in place of the best ones."""
-        if step.asked is not None:
-            assert self._judge is not None
-            self._judge.run(size, step.asked, num_drafting, row_tokens)
+    def _judge_launched(self, size: int, step: HostStep, num_drafting: int, row_tokens: int) -> Scores | None:
+        """Leave the tokens of requests that take others in place of the best ones; what they scored, if anybody asks."""
+        if step.asked is None:
+            return None
+        assert self._judge is not None
+        return self._judge.run(size, step.asked, num_drafting, row_tokens, step.edits)
+
+    def forget_counts(self) -> None:
+        """The host judges a step: what the device knows of tokens so far is out of date."""
+        if self._judge is not None:
+            self._judge.edits.forget_counts()
+
+    def release(self, request_id: str) -> None:
+        """A request ended."""
+        if self._judge is not None:
+            self._judge.edits.release(request_id)
 
     def forward(self, plan: VerifyPlan, sequences: Mapping[str, Sequence]) -> StepResult:
         """Run the rows; writes their KV. Padding up to ``plan.token_bucket`` writes nothing and is seen by nobody."""

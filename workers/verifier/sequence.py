@@ -10,6 +10,7 @@ from dspark.sampling import AcceptanceRule, SamplingParams
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
 from dspark.workers.blocks import extend_hashes
 from dspark.workers.verifier.draft_policy import RESTED, Rest
+from dspark.workers.verifier.edits import LogitEdits
 from dspark.workers.verifier.laws import has_penalties
 from dspark.workers.verifier.text import TextStream
 
@@ -50,6 +51,7 @@ class Sequence:
     is_plain: bool = False  # nothing edits its logits (``min_tokens`` apart) or asks for their values
     is_sampled: bool = False
     asked: bytes = b""  # what it asks of sampling, for the device
+    edits: LogitEdits | None = None  # and what it does to its logits
     left_out: int = 0  # steps in a row that it sat out for others' budgets
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _hashes: list[bytes] = field(default_factory=list)
@@ -69,15 +71,19 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     @property
-    def takes_own(self) -> bool:
-        """Whether its next token follows from the target's logits as they are: nothing edited, nothing scored, its prompt neither."""
-        is_scored = self.first_s is None and self.wants_prompt_logprobs
-        return self.is_plain and not is_scored and self.request.sampling.min_tokens <= len(self._output)
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still wanted."""
+        return self.first_s is None and self.wants_prompt_logprobs
+
+    @property
+    def needs_edits(self) -> bool:
+        """Whether its next token does not follow from the target's logits as they are, or is to be scored."""
+        return self.edits is not None and (not self.is_plain or self.request.sampling.min_tokens > len(self._output))
 
     @property
     def takes_best(self) -> bool:
-        """Whether its next token is simply the best of the target's logits."""
-        return self.takes_own and not self.is_sampled
+        """Whether its next token is simply the best of the target's logits, which nobody asks for, its prompt's neither."""
+        return not self.is_sampled and not self.needs_edits and not self.scores_prompt
 
     @property
     def output(self) -> list[int]:
@@ -147,6 +153,7 @@ class Sequence:
             is_plain=_is_plain(sampling),
             is_sampled=not sampling.is_greedy,
             asked=record_of(sampling, request.noise_seed),
+            edits=LogitEdits.of(request.id, sampling, tokens, prompt),
             rule=sampling.rule,
             _output=tokens[prompt:],
         )

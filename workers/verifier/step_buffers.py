@@ -28,7 +28,9 @@ from dspark.kernels.draft_rows import StepRows, place_drafts
 from dspark.kernels.paged_attention import AttentionRow
 from dspark.kernels.ragged_attention import RaggedBatch, row_ancestors
 from dspark.types import DeviceDrafts
+from dspark.workers.verifier.edits import LogitEdits
 
+Asked = tuple[bytes | None, tuple[LogitEdits | None, ...] | None]  # of a step's requests: as ``asked`` and ``edits`` of a ``HostStep``
 ROW_TOKENS = 4  # that a row has on average at least where a layout has room for few rows
 HOST_COPIES = 3  # host buffers in turn: one is filled while the copy of the one before may still run
 INT64_FIELDS = ("ids", "source", "positions", "wanted", "ancestors")
@@ -200,7 +202,7 @@ class HostStep:
 
     ``source`` are rows of ``own`` that hold the ids; below 0, or None for all: ``ids`` has them. ``row_tokens``: the step is drafts of so
     many tokens a row, and all but its tables is known to the device alone. ``asked``: what the rows ask of sampling, joined
-    (``dspark/asked.py``); None: all are greedy.
+    (``dspark/asked.py``); None: all take the best token. ``edits``: what they do to their logits; None: nothing.
     """
 
     ids: Sequence[int] | NDArray[np.int64]
@@ -214,12 +216,14 @@ class HostStep:
     ancestors: Sequence[int] | None = None
     row_tokens: int | None = None
     asked: bytes | None = None
+    edits: tuple[LogitEdits | None, ...] | None = None
 
     @staticmethod
-    def of_drafts(tables: Sequence[Sequence[int]], row_tokens: int, asked: bytes | None) -> HostStep:
+    def of_drafts(tables: Sequence[Sequence[int]], row_tokens: int, asked: Asked) -> HostStep:
         """Rows of ``row_tokens`` tokens that only the device knows."""
         zeros, places, lengths = _unknown(len(tables), row_tokens)
-        return HostStep(zeros, zeros, zeros, places, lengths, zeros[: len(tables)], tables, row_tokens=row_tokens, asked=asked)
+        contexts = zeros[: len(tables)]
+        return HostStep(zeros, zeros, zeros, places, lengths, contexts, tables, row_tokens=row_tokens, asked=asked[0], edits=asked[1])
 
     @staticmethod
     def of(

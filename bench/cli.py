@@ -85,6 +85,8 @@ def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
     modes = tuple(parse_modes(args.modes, args.drivers))
     if synthetic is not None and any(mode.name == "tree" for mode in modes):
         raise ConfigError("--synthetic-acceptance says nothing about siblings: leave tree out of --modes")
+    if args.sampling and any(mode.speculation is None for mode in modes):
+        raise ConfigError("--sampling is for our own engine: leave transformers out of --modes")
     return OfflinePlan(
         modes=modes,
         dtype=args.dtype,
@@ -100,6 +102,8 @@ def _offline_plan(args: argparse.Namespace) -> OfflinePlan:
         varies=args.vary_tokens,
         steady=args.steady,
         while_full=args.while_full,
+        warm_up=args.warm_up,
+        sampling=args.sampling,
     )
 
 

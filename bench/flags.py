@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dspark.bench.demands import Demand
 from dspark.bench.modes import KNOWN
 from dspark.bench.prompt_sets import DEFAULT_FOLDER, DEFAULT_SETS
+from dspark.bench.records import WARM_UP_TOKENS
 from dspark.bench.traffic import ServiceClass
-from dspark.errors import ConfigError
-from dspark.sampling import AcceptanceRule
+from dspark.errors import BadRequest, ConfigError
+from dspark.sampling import AcceptanceRule, SamplingParams
 
 # Flags of `online` that mean something to one kind of run only; the other kind refuses them.
 LOAD_DEFAULTS: Mapping[str, object] = {
@@ -113,6 +115,10 @@ def _add_offline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vary-tokens", action="store_true", help=vary)
     steady = "tell times as they would be if the CPU never changed its speed, from work that is always the same, done between steps"
     parser.add_argument("--steady", action="store_true", help=steady)
+    warm = f"tokens of each answer of a level's warm-up, so that what adapts has settled (default {WARM_UP_TOKENS})"
+    parser.add_argument("--warm-up", type=_positive, default=WARM_UP_TOKENS, metavar="TOKENS", help=warm)
+    fields = 'other fields of SamplingParams, as JSON: {"presence_penalty": 0.5, "logprobs": 1}'
+    parser.add_argument("--sampling", type=_sampling, default={}, metavar="JSON", help=fields)
     full = "tok/s of the time in which all streams were busy: until one ended for which no request waited (default: of all of it)"
     parser.add_argument("--while-full", action="store_true", help=full)
     parser.add_argument(
@@ -355,6 +361,22 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not over 0")
     return value
+
+
+def _sampling(text: str) -> dict[str, Any]:
+    """Fields of ``SamplingParams`` that no other flag sets."""
+    try:
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError("not an object")
+        if taken := set(fields) & {"n", "max_tokens", "temperature", "acceptance", "ignore_eos"}:
+            raise ValueError(f"other flags set {', '.join(sorted(taken))}")
+        if isinstance(bias := fields.get("logit_bias"), dict):
+            fields["logit_bias"] = {int(token): value for token, value in bias.items()}
+        SamplingParams(**fields)
+    except (ValueError, TypeError, BadRequest) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return fields
 
 
 def _number(text: str) -> float:

@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from dspark.bench.machine import describe_machine, source_commit
 from dspark.bench.modes import BenchMode, rotated
 from dspark.bench.prompt_sets import load_set, take
-from dspark.bench.records import SYNTHETIC, Contender, Identity, OfflineRecord, Origin, Point, Work, make_record
+from dspark.bench.records import SYNTHETIC, WARM_UP_TOKENS, Contender, Identity, OfflineRecord, Origin, Point, Work, make_record
 from dspark.bench.report import report
 from dspark.bench.runners import Prompts, Run, Runner, Settings
 from dspark.bench.sweep import Held, Level, Remaining, as_time
@@ -29,7 +29,6 @@ from dspark.sampling import AcceptanceRule
 
 Encode = Callable[[str], list[int]]
 Open = Callable[[Sequence[BenchMode], str], dict[BenchMode, Runner]]  # (modes, dtype) -> something that decodes for each
-WARM_UP_TOKENS = 16
 LOSSLESS_DTYPE = "float32"  # bf16 logits depend on how many rows a forward has; fp32 argmaxes do not
 COLUMNS = [
     Column("set", 10, is_text=True),
@@ -57,7 +56,7 @@ class OfflinePlan:
 
     ``synthetic``: the acceptance forced on all that draft; None: what they reach. ``varies``: answers have from half of a level's
     tokens to one and a half. ``steady``: the runners tell steady seconds (``tempo.py``). ``while_full``: rates are of the time in which
-    all streams were busy.
+    all streams were busy. ``warm_up``: tokens of each answer of the warm-up. ``sampling``: other fields of ``SamplingParams``.
     """
 
     modes: tuple[BenchMode, ...]
@@ -74,6 +73,8 @@ class OfflinePlan:
     varies: bool = False
     steady: bool = False
     while_full: bool = False
+    warm_up: int = WARM_UP_TOKENS
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def points(self) -> list[tuple[Level, Point]]:
@@ -88,7 +89,18 @@ class OfflinePlan:
     def work(self, level: Level) -> Work:
         # Forced text ends nowhere in particular: only answers of one length cost the same in all modes.
         ignores_eos = self.ignore_eos or self.synthetic is not None
-        return Work(level.requests, level.max_tokens, ignores_eos, self.repeats, self.varies, self.steady, self.while_full)
+        sampling = json.dumps(dict(sorted(self.sampling.items()))) if self.sampling else ""
+        return Work(
+            level.requests,
+            level.max_tokens,
+            ignores_eos,
+            self.repeats,
+            self.varies,
+            self.steady,
+            self.while_full,
+            self.warm_up,
+            sampling,
+        )
 
 
 def run_offline(
@@ -188,11 +200,12 @@ def measure_point(
     everyone = contenders(plan, point)
     runs: dict[Contender, list[Run]] = {contender: [] for contender in everyone}
     for contender in everyone:
-        warm = Settings(WARM_UP_TOKENS, point.temperature, contender.rule)
+        warm = Settings(plan.warm_up, point.temperature, contender.rule, plan.ignore_eos, more=plan.sampling)
         runners[contender.mode].run(work[: level.concurrency], level.concurrency, warm)
     for repeat in range(plan.repeats):
         for contender in rotated(everyone, repeat):
-            settings = Settings(level.max_tokens, point.temperature, contender.rule, plan.work(level).ignore_eos, plan.varies)
+            ignores_eos = plan.work(level).ignore_eos
+            settings = Settings(level.max_tokens, point.temperature, contender.rule, ignores_eos, plan.varies, plan.sampling)
             runs[contender].append(runners[contender.mode].run(work, level.concurrency, settings))
     return runs
 

@@ -13,6 +13,7 @@ from dspark.bench.modes import BenchMode
 from dspark.bench.runners import Counts, Run
 from dspark.sampling import AcceptanceRule
 
+WARM_UP_TOKENS = 16  # of each answer, before the first repeat
 SYNTHETIC = "SYNTHETIC"  # marks every label of a contender whose acceptance was forced
 
 
@@ -30,7 +31,8 @@ class Work:
     """What every contender of a point has to do, ``repeats`` times.
 
     ``varies``: answers have from half of ``max_tokens`` to one and a half; ``steady``: all times are in steady seconds (``tempo.py``);
-    ``while_full``: rates are of the time in which all streams were busy.
+    ``while_full``: rates are of the time in which all streams were busy. ``warm_up``: tokens of each answer before the first repeat.
+    ``sampling``: other fields of ``SamplingParams`` as JSON; empty: none.
     """
 
     requests: int
@@ -40,6 +42,8 @@ class Work:
     varies: bool = False
     steady: bool = False
     while_full: bool = False
+    warm_up: int = WARM_UP_TOKENS
+    sampling: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,8 @@ class Identity:
     varies: bool
     steady: bool
     while_full: bool
+    warm_up: int
+    sampling: str
     machine: str
     commit: str
 

@@ -34,7 +34,7 @@ _WINDOW = re.compile(r'verified_window_total\{drafts="(\d+)"\}')
 class Settings:
     """How every request of a point is sampled. ``rule`` None leaves the acceptance rule to the engine.
 
-    ``varies``: answers may have from half of ``max_tokens`` to one and a half.
+    ``varies``: answers may have from half of ``max_tokens`` to one and a half. ``more``: other fields of ``SamplingParams``.
     """
 
     max_tokens: int
@@ -42,6 +42,7 @@ class Settings:
     rule: AcceptanceRule | None = None
     ignore_eos: bool = False
     varies: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def lengths(self, count: int) -> list[int]:
         """The most tokens of each of ``count`` answers: spread evenly, and the same for everybody who asks."""
@@ -127,7 +128,13 @@ class EngineRunner:
     def run(self, prompts: Prompts, concurrency: int, settings: Settings) -> Run:
         """Decode all prompts, ``concurrency`` at a time; the next begins when one ends."""
         params = [
-            SamplingParams(max_tokens=most, temperature=settings.temperature, acceptance=settings.rule, ignore_eos=settings.ignore_eos)
+            SamplingParams(
+                max_tokens=most,
+                temperature=settings.temperature,
+                acceptance=settings.rule,
+                ignore_eos=settings.ignore_eos,
+                **settings.more,
+            )
             for most in settings.lengths(len(prompts))
         ]
         before = self.llm.stats()

@@ -94,6 +94,23 @@ def test_steady_seconds_of_busy_streams(model: str, prompts: Path, tmp_path: Pat
         main([*command, "--modes", "transformers,plain", "--concurrency", "1", "--steady"])
 
 
+def test_other_fields_of_sampling_and_longer_warm_ups(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    command = ["offline", "--model", model, "--drafter", "ngram", *FAST, "--sets", "tiny", "--prompts", str(prompts), "--json", str(out)]
+    command += ["--concurrency", "2", "--warm-up", "3", "--sampling", '{"presence_penalty": 0.5, "logit_bias": {"7": 100}}']
+    assert main([*command, "--modes", "plain,static:2", "--ignore-eos"]) == 0
+    for record in map(json.loads, out.read_text().splitlines()):
+        assert (record["warm_up"], json.loads(record["sampling"])["presence_penalty"]) == (3, 0.5)
+    with pytest.raises(ConfigError, match="leave transformers out of --modes"):
+        main([*command, "--modes", "transformers,plain", "--concurrency", "1"])
+    for wrong in ("[]", '{"top_p": 3}', '{"temperature": 1}', '{"no_field": 1}', "{"):
+        with pytest.raises(SystemExit):
+            main(["offline", "--sampling", wrong])
+    assert "other flags set temperature" in capsys.readouterr().err
+
+
 def test_answers_of_different_lengths() -> None:
     assert Settings(10).lengths(3) == [10, 10, 10]
     lengths = Settings(100, varies=True).lengths(50)

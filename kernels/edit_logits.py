@@ -71,7 +71,7 @@ def reference(logits: Tensor, rows: EditRows, edits: Edits, drafts: Tensor, coun
         out[row, edits.bias_ids[part].long()] += edits.bias_values[part]
         if (place := int(edits.places[request])) >= 0:
             number = (counts[place] >> 1).float()
-            number += torch.zeros_like(number).scatter_add_(0, drafts[request, :depth], torch.ones(depth))
+            number.scatter_add_(0, drafts[request, :depth], torch.ones_like(drafts[request, :depth], dtype=torch.float32))
             values, is_output = out[row], number > 0
             repetition = edits.repetition[request]
             repeated = torch.where(values > 0, values / repetition, values * repetition)

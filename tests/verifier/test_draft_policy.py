@@ -74,7 +74,7 @@ def test_depth_is_the_best_of_all() -> None:
 
 def test_drafts_that_are_verified_whole_are_judged_whole() -> None:
     """Where half of the requests can be drafted for, and a plan would verify what is drafted for them alone."""
-    for token, planned, whole in ((0.1, 7, 2), (0.18, 3, 0)):
+    for token, planned, whole in ((0.1, 6, 2), (0.18, 2, 0)):
         seen = look(4, table(0.1, 0.0), linear(1.0, token))()
         for verifies_all, depth in ((False, planned), (True, whole)):
             policy = DraftPolicy(GAMMA)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dspark.workers.verifier.shape_policy import AUTO_NODES, MOST_ROWS, TRY_EVERY, TRY_FOR, ShapePolicy
+from dspark.workers.verifier.shape_policy import AUTO_NODES, MOST_EVERY, MOST_ROWS, TRY_EVERY, TRY_FOR, ShapePolicy
 
 
 def share_of_trees(policy: ShapePolicy, rows: int, tree_gain: float, steps: int = 6000) -> float:
@@ -22,7 +22,7 @@ def share_of_trees(policy: ShapePolicy, rows: int, tree_gain: float, steps: int 
 
 @pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
 def test_the_faster_shape_is_found(rows: int) -> None:
-    tries = TRY_FOR / TRY_EVERY
+    tries = TRY_FOR / MOST_EVERY
     assert share_of_trees(ShapePolicy(True), rows, 1.3) == pytest.approx(1 - tries, abs=0.02)
     assert share_of_trees(ShapePolicy(True), rows, 0.75) == pytest.approx(tries, abs=0.02)
 

@@ -186,18 +186,25 @@ class Scores:
         if scores.is_cuda:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
-        self._numbers: NDArray[np.float64] | None = None
+        self._read: tuple[list[list[float]], NDArray[np.int64], NDArray[np.float64]] | None = None
 
     def of(self, row: int, token: int, top: int) -> TokenLogprob:
         """What row ``row`` says of the token that was taken there, with ``top`` alternatives; waits for it."""
-        if self._numbers is None:
-            if self._done is not None:
-                self._done.synchronize()
-            self._numbers = self._host.numpy().copy()  # the buffer is filled again
-        logprob, rank, *others = self._numbers[row].tolist()
-        pairs = zip(map(int, others[: self._top]), others[self._top : 2 * self._top], strict=True)
-        best = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
-        return TokenLogprob(token, logprob, int(rank), tuple(best[:top]))
+        if self._read is None:
+            self._read = self._wait()
+        own, ids, values = self._read
+        logprob, rank = own[row]
+        best = tuple(zip(ids[row, :top].tolist(), values[row, :top].tolist(), strict=True)) if top else ()
+        return TokenLogprob(token, logprob, int(rank), best)
+
+    def _wait(self) -> tuple[list[list[float]], NDArray[np.int64], NDArray[np.float64]]:
+        """Log-probability and rank of each row's token; ids and values of the likeliest, equal ones by id."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers: NDArray[np.float64] = self._host.numpy().copy()  # the buffer is filled again
+        ids, values = numbers[:, 2 : 2 + self._top].astype(np.int64), numbers[:, 2 + self._top : 2 + 2 * self._top]
+        order = np.lexsort((ids, -values), axis=-1)
+        return numbers[:, :2].tolist(), np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
 
 
 def _numpy_type(field: Tensor) -> np.dtype[np.generic]:

@@ -25,7 +25,7 @@ LOOK_DEEPER_EVERY = 32  # steps between two looks at whole blocks while drafts a
 MAX_REST = 16  # rounds a request sits out at most
 MIN_GAIN = 0.03  # predicted: the best of many predictions is too good by about as much
 RETURN_GAIN = 0.08  # the same to come back from plain steps: what is known then comes from a few looks
-DEEPER_GAIN = 0.01  # of the best depth over a smaller one, which is taken otherwise: both are predicted from the same drafts
+DEEPER_GAIN = 0.03  # of the best depth over a smaller one, which is taken otherwise: the deeper, the more is predicted that does not come
 LEARN = 0.02  # of a mean confidence, for each draft seen
 
 

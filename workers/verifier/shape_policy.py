@@ -15,7 +15,8 @@ from dspark.workers.verifier.speed import Speed
 AUTO_NODES = 8  # of the trees that are tried
 MOST_ROWS = 4  # with more streams drafts are chains
 TREE_ROWS = 1  # streams up to which trees are the first guess
-TRY_EVERY, TRY_FOR = 96, 8  # steps between two tries of the other shape, and their length
+TRY_EVERY, TRY_FOR = 96, 8  # steps from one try of the other shape to the next, and its length
+MOST_EVERY = 8 * TRY_EVERY
 MIN_STEPS = 48.0  # of both shapes before one can replace the other
 BETTER = 1.03
 
@@ -27,17 +28,30 @@ class _Choice:
     is_tree: bool
     tree: Speed = field(default_factory=Speed)
     chain: Speed = field(default_factory=Speed)
-    step: int = 0
+    every: int = TRY_EVERY
+    step: int = 0  # since the last try
 
     def next_is_tree(self) -> bool:
+        """Whether the next draft is a tree; a shape that was clearly slower is tried more and more rarely."""
         self.step += 1
-        return self.is_tree != (self.step % TRY_EVERY >= TRY_EVERY - TRY_FOR)
+        tries = self.step > self.every - TRY_FOR
+        if self.step == self.every:
+            used, other = self._shapes
+            is_clear = min(used.steps, other.steps) >= MIN_STEPS and used.tokens_per_s > BETTER * other.tokens_per_s
+            self.step, self.every = 0, min(2 * self.every, MOST_EVERY) if is_clear else TRY_EVERY
+        return self.is_tree != tries
 
     def settle(self) -> None:
         """Change to the other shape if it is clearly faster."""
-        used, other = (self.tree, self.chain) if self.is_tree else (self.chain, self.tree)
+        used, other = self._shapes
         if min(used.steps, other.steps) >= MIN_STEPS and other.tokens_per_s > BETTER * used.tokens_per_s:
             self.is_tree = not self.is_tree
+            self.step, self.every = 0, TRY_EVERY
+
+    @property
+    def _shapes(self) -> tuple[Speed, Speed]:
+        """The shape that is used, and the other one."""
+        return (self.tree, self.chain) if self.is_tree else (self.chain, self.tree)
 
 
 class ShapePolicy:

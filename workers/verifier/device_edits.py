@@ -23,7 +23,7 @@ from dspark.types import TokenLogprob
 from dspark.workers.verifier.edits import LogitEdits
 
 EDIT_ROWS = 512  # rows of logits that one step may edit
-SCORE_ROWS = 64  # rows that are scored at once: bounds the memory that it takes
+SCORE_ROWS = 128  # rows that are scored at once: bounds the memory that it takes
 MAX_EOS_IDS = 64  # of a model, beside the request's own
 HOST_COPIES = 3
 SCORE_COLUMNS = 2 + 2 * MAX_LOGPROBS
@@ -119,14 +119,15 @@ class DeviceEdits:
 
     def score(self, logits: Tensor, own: Tensor) -> None:
         """Leave log-probability and rank of the tokens ``own`` [N] under raw logits [N, V], and of the likeliest. Part of a graph."""
+        values, best = logits.topk(self._top, dim=-1)
         for begin in range(0, logits.shape[0], SCORE_ROWS):
-            rows = logits[begin : begin + SCORE_ROWS].to(torch.float32)
-            chosen = own[begin : begin + SCORE_ROWS].clamp(min=0).unsqueeze(1)
-            logprobs = rows.log_softmax(-1)
-            ranks = (rows > rows.gather(1, chosen)).sum(-1, keepdim=True) + 1
-            best = rows.topk(self._top, dim=-1).indices
-            found = [part.to(torch.float64) for part in (logprobs.gather(1, chosen), ranks, best, logprobs.gather(1, best))]
-            self._scores[begin : begin + len(rows), : 2 + 2 * self._top].copy_(torch.cat(found, dim=1))
+            part = slice(begin, begin + SCORE_ROWS)
+            rows = logits[part].to(torch.float32)
+            chosen = rows.gather(1, own[part].clamp(min=0).unsqueeze(1))
+            total = rows.logsumexp(-1, keepdim=True)
+            ranks = (rows > chosen).sum(-1, keepdim=True) + 1
+            found = (chosen - total, ranks, best[part], values[part].to(torch.float32) - total)
+            self._scores[begin : begin + len(rows), : 2 + 2 * self._top].copy_(torch.cat([one.to(torch.float64) for one in found], dim=1))
 
     def sent_scores(self, count: int) -> Scores:
         """The scores of the first ``count`` rows, on their way to the host; at most three are under way at once."""

@@ -360,7 +360,7 @@ ENGINE_PARAMS = {
 def test_the_engines_tokens_fit_the_law(rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch) -> None:
     """20,000 tokens of a tiny Llama with a grafted random drafter and an adaptive schedule, which would give such a drafter up."""
     monkeypatch.setattr(DraftPolicy, "depth", lambda self, _: self.block_size)
-    monkeypatch.setattr(DraftWorth, "allows_drafts", lambda *_: True)
+    monkeypatch.setattr(DraftWorth, "allows_drafts", lambda *_, **__: True)
     target, prompt, num_texts, num_tokens = tiny_target(), (7, 11, 13), 2500, 8
     pool = BlockPool(256)
     drafter = LocalDrafter(random_module(target), pool, law_width=16)

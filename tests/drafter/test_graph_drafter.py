@@ -326,6 +326,7 @@ def test_counts_survive_planned_steps_and_lost_places(target: Target, kind: dict
 
 
 def test_more_rows_than_are_edited_at_once_are_planned(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the scheduler decides the depth of is no deeper than fits: rows of 16 leave five requests two drafts each."""
     asked = edited_requests(EDITS[:1])
     plain = {name: result.tokens for name, result in run(make_engine(target, speculation="off"), asked).items()}
     for name in ("ahead", "device_edits", "device_judge"):
@@ -334,6 +335,12 @@ def test_more_rows_than_are_edited_at_once_are_planned(target: Target, monkeypat
     _, engine = engines(target, speculation="static:4")
     assert {name: result.tokens for name, result in run(engine, asked).items()} == plain
     assert engine.ahead.launched > 0
+    _, engine = engines(target, costs=FLAT)
+    results = run(engine, asked)
+    engine.aside.close()
+    assert {name: result.tokens for name, result in results.items()} == plain
+    assert engine.ahead.launched > 5
+    assert max(outcome.drafted for result in results.values() for outcome in result.outcomes[4:-3]) == 2
 
 
 def test_steps_are_launched_behind_drafts_that_the_host_has_not_seen(target: Target) -> None:

@@ -131,16 +131,17 @@ class RunAhead:
         """Letting requests in kept those who run from going on for so long."""
         self._gate.took(seconds)
 
-    def depth_beside_prompts(self, num_rows: int, depth: int) -> int:
-        """At most ``depth``, so that the prompts of all who wait and have a place fit beside so many drafts; at least 1.
+    def fitting_depth(self, sequences: list[Sequence], depth: int, beside_prompts: bool) -> int:
+        """At most ``depth``, at least 1, so that the device can judge so many drafts of each.
 
-        Drafts come last: a draft left out costs its own gain, a prompt left out a whole place.
+        ``beside_prompts``: and that the prompts of all who wait and have a place fit beside them. Drafts come last: a draft left out costs
+        its own gain, a prompt left out a whole place.
         """
-        scheduler = self._scheduler
-        places = max(0, scheduler.limits.max_num_seqs - len(scheduler.running))
-        num_prompt = sum(sequence.num_known for sequence in scheduler.waiting[:places])
-        room = min(self._runner.max_launched - num_prompt, self._most_rows(scheduler.running))
-        return min(depth, max(1, room // num_rows - 1))
+        scheduler, room = self._scheduler, self._runner.max_launched
+        if beside_prompts:
+            places = max(0, scheduler.limits.max_num_seqs - len(scheduler.running))
+            room -= sum(sequence.num_known for sequence in scheduler.waiting[:places])
+        return min(depth, max(1, min(room, self._most_rows(sequences)) // len(sequences) - 1))
 
     def reserve_drafts(
         self, sequences: list[Sequence], reaches: Ints, num_drafts: int, asks_gate: bool, may_join: bool

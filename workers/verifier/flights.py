@@ -160,8 +160,8 @@ class Flights:
         engine, drafter = self._engine, cast(ContinuesSteps, self._engine.drafter)
         # reserved before the drafts are launched: they say where KV goes
         may_join = depth > 0 and asks_gate and self._would_go_on_alike()
-        if may_join and sequences[0].speculation.mode is Mode.ADAPTIVE:
-            depth = engine.ahead.depth_beside_prompts(len(sequences), depth)
+        if depth and sequences[0].speculation.mode is Mode.ADAPTIVE:
+            depth = engine.ahead.fitting_depth(sequences, depth, beside_prompts=may_join)
         reaches = rows.base_lens + rows.num_drafts + 1 + depth
         coming = engine.ahead.reserve_drafts(sequences, reaches, depth, asks_gate, may_join) if depth else None
         self.is_for_new = depth > 0 and coming is None and self._can_be_apart()

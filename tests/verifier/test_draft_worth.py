@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
+from helpers.engines import FLAT, greedy, make_engine, run, tiny_target
 
+from dspark.types import Speculation
+from dspark.workers.drafter.ngram import NgramDrafter
 from dspark.workers.verifier.draft_worth import CLEAR_GAIN, CLEAR_LOSS, MIN_STEPS, MOST_EVERY, TRY_EVERY, TRY_FOR, DraftWorth
 
 
@@ -69,3 +73,19 @@ def test_drafts_that_are_far_ahead_by_now_come_back_soon() -> None:
     share_of_drafts(worth, 8, 0.8, predicted=1.2)
     assert share_of_drafts(worth, 8, 1.4, predicted=1.4, steps=2000 + 10 * TRY_EVERY) > 0.95
     assert MIN_STEPS > TRY_FOR
+
+
+def test_what_requests_ask_for_themselves_says_nothing_of_what_the_policy_would_do() -> None:
+    """A fixed length that does not pay must not stop adaptive drafts, which would be shorter."""
+    engine = make_engine(tiny_target(), NgramDrafter(), costs=FLAT)
+    prompt = [5, 6, 7, 8] * 6
+
+    def drafting_steps(speculation: str) -> float:
+        request = dataclasses.replace(greedy(f"{speculation}", prompt, 60), speculation=Speculation.parse(speculation))
+        run(engine, [request])
+        engine.aside.close()
+        return sum(level.drafting.steps for level in engine.drafts.worth._levels.values())
+
+    assert drafting_steps("static:3") == 0
+    assert drafting_steps("tree:5") == 0
+    assert drafting_steps("adaptive:2") > 5

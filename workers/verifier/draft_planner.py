@@ -84,9 +84,13 @@ class DraftPlanner:
             plain_s = num_tokens * self.costs.plain_seconds(num_rows, context) / num_rows
             self.worth.observe(num_rows, was_drafting, plain_s, seconds)
 
-    def observe_round(self, num_rows: int, depth: int, num_tokens: int, context: int, seconds: float) -> None:
-        """A round of whole chains of ``depth``, launched before its turn, brought ``num_tokens``, ``seconds`` after the one before."""
-        self.observe_step(num_rows, True, num_tokens, context, seconds)
+    def observe_round(self, num_rows: int, depth: int, num_tokens: int, context: int, seconds: float, is_chosen: bool) -> None:
+        """A round of whole chains of ``depth``, launched before its turn, brought ``num_tokens``, ``seconds`` after the one before.
+
+        ``is_chosen``: the policy chose the depth.
+        """
+        if is_chosen:
+            self.observe_step(num_rows, True, num_tokens, context, seconds)
         if self.costs is not None:
             self.costs.observe_flown(num_rows, depth, context, seconds)
 

@@ -102,6 +102,8 @@ class StepRecord:
     num_rows: int
     num_committed: int
     tree_nodes: int  # that adaptive requests' drafts could have; 0: chains
+    is_chosen: bool  # whether all that drafted did as the policy chose
+    is_free: bool  # and in the shape that was chosen, too
 
 
 class Engine:
@@ -244,7 +246,8 @@ class Engine:
         record = self._record(plan, times, verdicts)
         if times.before_s and not record.num_prefill and not self.drafts.policy.is_look:
             drafted, seconds = times.num_drafting > 0, times.judged_s - times.before_s
-            self.drafts.observe_step(record.num_rows, drafted, record.num_committed, record.context, seconds)
+            if record.is_chosen:
+                self.drafts.observe_step(record.num_rows, drafted, record.num_committed, record.context, seconds)
         if self.options.overlapped:
             self.aside.run(partial(self._learn, record))
         else:
@@ -346,7 +349,9 @@ class Engine:
         context = sum(row.start + row.num_known for row in plan.rows)
         drafting = sum(s.num_computed for s in self.scheduler.chosen if s.drafts_wanted)
         committed = sum(len(verdict.tokens) for verdict in verdicts.values())
-        return StepRecord(plan.num_tokens, prefill, context, drafting, times, len(verdicts), committed, self.tree_nodes)
+        drafted = [s for s in self.scheduler.chosen if s.drafts_wanted]
+        is_chosen, is_free = (all(map(test, drafted)) for test in (_is_chosen, _is_free))
+        return StepRecord(plan.num_tokens, prefill, context, drafting, times, len(verdicts), committed, self.tree_nodes, is_chosen, is_free)
 
     def _learn(self, record: StepRecord) -> None:
         """Correct the cost table by a step that is over, and the estimates of survival by all steps before it."""
@@ -362,7 +367,7 @@ class Engine:
             if times.before_s:
                 costs.observe_host(record.num_rows, times.begin_s - times.before_s, times.num_drafting > 0)
             costs.observe_verify(record.num_tokens, record.context, times.verify_s)
-            if times.num_drafting == record.num_rows:
+            if times.num_drafting == record.num_rows and record.is_free:
                 self.shapes.observe(record.num_rows, record.tree_nodes, record.num_committed, times.judged_s - times.begin_s)
         if times.num_drafting:
             costs.observe_draft(times.num_drafting, times.depth, record.drafting_context, times.draft_s)
@@ -517,6 +522,16 @@ class Engine:
             self.drafter.close([sequence.id for sequence in ended])
         if not self.sequences:
             self.flights.drop()
+
+
+def _is_chosen(sequence: Sequence) -> bool:
+    """Whether the policy says if a request drafts, and how deep."""
+    return sequence.speculation.mode is Mode.ADAPTIVE and not sequence.speculation.tree_nodes
+
+
+def _is_free(sequence: Sequence) -> bool:
+    """Whether another one says in what shape."""
+    return sequence.speculation == Speculation() and sequence.request.sampling.is_exact
 
 
 def abort_outcome(request_id: str, base_len: int, finish: Finish, error: str | None = None) -> StepOutcome:

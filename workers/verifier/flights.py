@@ -254,7 +254,8 @@ class Flights:
             engine.landed_s = 0.0  # it took longer than a round does
         firsts = [i * (num_drafts + 1) for i in alive]
         outcomes, ended = self._commit_chains(sequences, own, accepted, num_drafts, now_s, (flight.best, firsts))
-        self._note(chains, accepted, num_drafts, outcomes, now_s)
+        is_chosen = bool(sequences) and sequences[0].speculation.mode is Mode.ADAPTIVE
+        self._note(chains, accepted, num_drafts, outcomes, now_s, is_chosen)
         lengths = [outcome.base_len for outcome in outcomes]
         drafter.follow([outcome.request_id for outcome in outcomes], lengths, [sequence.tokens[-1] for sequence in sequences])
         for i in joined:
@@ -349,8 +350,10 @@ class Flights:
         engine.counters.count_chains(num_drafts, counts, [sequence.rule for sequence in simple])
         return outcomes, ended
 
-    def _note(self, chains: DraftedChains, accepted: Ints, num_drafts: int, outcomes: list[StepOutcome], now_s: float) -> None:
-        """Teach counters, costs and estimates what the step was."""
+    def _note(
+        self, chains: DraftedChains, accepted: Ints, num_drafts: int, outcomes: list[StepOutcome], now_s: float, is_chosen: bool
+    ) -> None:
+        """Teach counters, costs and estimates what the step was. ``is_chosen``: the policy chose how deep it drafted."""
         engine, num_rows = self._engine, len(accepted)
         counters, drafts = engine.counters, engine.drafts
         counters.steps += 1
@@ -359,7 +362,8 @@ class Flights:
         counters.drafts_asked += num_rows
         counters.drafts_arrived += num_rows
         if num_rows and engine.landed_s:
-            drafts.observe_round(num_rows, num_drafts, num_rows + int(accepted.sum()), int(chains.positions.sum()), now_s - engine.landed_s)
+            num_tokens, context = num_rows + int(accepted.sum()), int(chains.positions.sum())
+            drafts.observe_round(num_rows, num_drafts, num_tokens, context, now_s - engine.landed_s, is_chosen)
         engine.landed_s = now_s
         confidence, margin = chains.confidence[:, :num_drafts], chains.margin[:, :num_drafts]
         drafts.note_chains(confidence, margin)

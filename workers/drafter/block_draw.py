@@ -73,15 +73,14 @@ def draw_block(module: DSparkModule, hidden: Tensor, anchors: Tensor, rows: Draw
         previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
         tokens.append(previous)
         laws.append((ids, probs))
+    return joined(tokens, laws, margins, module.confidence_logits(hidden, torch.stack(before, dim=1)))
+
+
+def joined(tokens: list[Tensor], laws: list[tuple[Tensor, Tensor]], margins: list[Tensor], confidence: Tensor | None = None) -> BlockDraft:
+    """The draft of n positions from what each of them gave, and logits [R, n] of confidence where there is a head."""
+    ids, probs = (torch.stack(part, dim=1) for part in zip(*laws, strict=True))
     margin = torch.stack(margins, dim=1)
-    confidence = module.confidence_logits(hidden, torch.stack(before, dim=1))
-    return BlockDraft(
-        torch.stack(tokens, dim=1),
-        torch.stack([ids for ids, _ in laws], dim=1),
-        torch.stack([probs for _, probs in laws], dim=1),
-        torch.sigmoid(margin if confidence is None else confidence),
-        margin,
-    )
+    return BlockDraft(torch.stack(tokens, dim=1), ids, probs, torch.sigmoid(margin if confidence is None else confidence), margin)
 
 
 def _draw_candidates(

@@ -140,27 +140,8 @@ class DraftBuffers:
         return spans, begin
 
 
-class HostNumbers:
-    """Numbers [R, n] fp64 on their way to the host, into the beginning of ``host``."""
-
-    def __init__(self, numbers: Tensor, host: Tensor) -> None:
-        self._host = host[: numbers.numel()].view(numbers.shape)
-        self._host.copy_(numbers, non_blocking=True)
-        self._done: torch.cuda.Event | None = None
-        if numbers.is_cuda:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
-
-    def read(self, count: int) -> NDArray[np.float64]:
-        """Wait for them; a copy of the first ``count`` rows."""
-        if self._done is not None:
-            self._done.synchronize()
-        numbers: NDArray[np.float64] = self._host[:count].numpy().copy()  # the buffer is filled again
-        return numbers
-
-
 def host_buffers(size: int, device: torch.device) -> list[Tensor]:
-    """Buffers of so many numbers for ``HostNumbers``, to be used in turn."""
+    """Buffers of so many numbers for ``HostCopy``, to be used in turn."""
     return [torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda") for _ in range(HOST_COPIES)]
 
 

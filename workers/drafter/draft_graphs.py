@@ -24,9 +24,10 @@ from dspark.asked import COUPLED, records_in
 from dspark.kernels.buckets import graph_sizes
 from dspark.kernels.draft_rows import BlockStart, Paging, StepEnd, begin, begin_after, pack
 from dspark.kernels.graphs import Capture, nothing_collected
+from dspark.kernels.host_copy import HostCopy
 from dspark.types import Continuations, DeviceDrafts, DeviceLaws, DraftedChains
 from dspark.workers.drafter.block_draw import BlockDraft, DrawRows
-from dspark.workers.drafter.draft_buffers import DraftBuffers, DraftRow, HostNumbers, host_buffers
+from dspark.workers.drafter.draft_buffers import DraftBuffers, DraftRow, host_buffers
 from dspark.workers.drafter.paged_context import DraftPools
 
 GREEDY_WIDTH = 1  # greedy drafts ship no law: one candidate is enough
@@ -165,10 +166,10 @@ class Outcome:
 
     def __init__(self, outcome: Tensor, host: Tensor, block_size: int) -> None:
         self._block_size = block_size
-        self._numbers = HostNumbers(outcome, host)
+        self._numbers = HostCopy(outcome, host)
 
     def read(self, count: int) -> DraftedChains:
         """Wait for them; those of the first ``count`` rows."""
-        gamma, numbers = self._block_size, self._numbers.read(count)
+        gamma, numbers = self._block_size, self._numbers.read(count).numpy()
         whole = numbers.astype(np.int64)
         return DraftedChains(whole[:, :gamma], numbers[:, gamma : 2 * gamma], numbers[:, 2 * gamma : -2], whole[:, -2], whole[:, -1])

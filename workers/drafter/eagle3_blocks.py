@@ -21,7 +21,7 @@ from dspark.kernels.kv_store import store_kv
 from dspark.kernels.paged_attention import AttentionShape
 from dspark.kernels.ragged_attention import RaggedBatch, ragged_attention
 from dspark.types import FedStep
-from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, base_law, target_ids
+from dspark.workers.drafter.block_draw import BlockDraft, DrawRows, base_law, joined, target_ids
 from dspark.workers.drafter.dspark_blocks import HEAD_TOP_K
 from dspark.workers.drafter.eagle3_module import Eagle3Module
 from dspark.workers.drafter.feature_store import FeatureStore
@@ -98,9 +98,7 @@ class Eagle3Blocks:
             previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
             tokens.append(previous)
             laws.append((ids, probs))
-        ids, probs = (torch.stack(part, dim=1) for part in zip(*laws, strict=True))
-        margin = torch.stack(margins, dim=1)
-        return BlockDraft(torch.stack(tokens, dim=1), ids, probs, torch.sigmoid(margin), margin)
+        return joined(tokens, laws, margins)
 
     def _before(self, start: BlockStart, paging: Paging) -> Tensor:
         """Features [R, d] of the positions before the anchors; of padding those of any."""

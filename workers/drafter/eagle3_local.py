@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark.kernels.draft_draw import draw, log_odds, truncate_law
 from dspark.types import BlockTables, DraftTree, DraftTurn
-from dspark.workers.drafter.block_draw import BlockDraft, target_ids
+from dspark.workers.drafter.block_draw import BlockDraft, joined, target_ids
 from dspark.workers.drafter.eagle3_module import Eagle3Module
 from dspark.workers.drafter.local import GraftedDrafter, State
 from dspark.workers.drafter.paged_chain import PagedChain
@@ -132,6 +132,4 @@ class Eagle3Drafter(GraftedDrafter[Eagle3Module]):
             previous = draw(ids, probs, rows.seeds, rows.base_lens + k, rows.base_lens, rows.coupled)
             tokens.append(previous)
             laws.append((ids, probs))
-        ids, probs = (torch.stack(part, dim=1) for part in zip(*laws, strict=True))
-        margin = torch.stack(margins, dim=1)
-        return BlockDraft(torch.stack(tokens, dim=1), ids, probs, torch.sigmoid(margin), margin)
+        return joined(tokens, laws, margins)

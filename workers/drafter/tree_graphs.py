@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dspark.kernels.draft_rows import begin
 from dspark.kernels.graphs import Capture, nothing_collected
+from dspark.kernels.host_copy import HostCopy
 from dspark.types import MAX_TREE_NODES
-from dspark.workers.drafter.draft_buffers import DraftBuffers, DraftRow, HostNumbers, host_buffers
+from dspark.workers.drafter.draft_buffers import DraftBuffers, DraftRow, host_buffers
 from dspark.workers.drafter.dspark_blocks import HEAD_TOP_K, DSparkBlocks
 from dspark.workers.drafter.tree_draw import GrownTrees, TreeDraft, TreeRows, grow_trees, trees_of
 
@@ -39,12 +40,12 @@ class TreeOutcome:
     """Trees on their way to the host. ``keeps_laws``: some of them are sampled, so their laws are kept, which the next graph overwrites."""
 
     def __init__(self, found: GraphTrees, host: Tensor, keeps_laws: bool) -> None:
-        self._numbers = HostNumbers(found.numbers, host)
+        self._numbers = HostCopy(found.numbers, host)
         self._ids, self._probs = (found.ids.clone(), found.probs.clone()) if keeps_laws else (found.ids, found.probs)
 
     def read(self, num_nodes: Sequence[int]) -> tuple[list[TreeDraft], NDArray[np.int64]]:
         """Wait for them: the trees of the first rows, of at most so many nodes, and the anchors and positions [R, 2] they grow from."""
-        numbers = self._numbers.read(len(num_nodes))
+        numbers = self._numbers.read(len(num_nodes)).numpy()
         return trees_of(numbers[:, 2:], self._ids, self._probs, num_nodes), numbers[:, :2].astype(np.int64)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.kernels.edit_logits import EditRows, Edits, count_tokens, edit_logits
+from dspark.kernels.host_copy import HostCopy
 from dspark.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from dspark.types import TokenLogprob
 from dspark.workers.verifier.edits import LogitEdits
@@ -168,7 +169,7 @@ class DeviceEdits:
     def _write(self, name: str, values: NDArray[np.generic]) -> None:
         field = self._fields[name]
         if len(values):
-            field[: len(values)].copy_(self._sent(values.astype(_numpy_type(field))))
+            field[: len(values)].copy_(self._sent(values.astype(numpy_type(field))))
 
     def _sent(self, values: NDArray[np.generic]) -> Tensor:
         """Numbers on the device, without waiting for it."""
@@ -181,12 +182,7 @@ class Scores:
 
     def __init__(self, scores: Tensor, host: Tensor, top: int) -> None:
         self._top = top
-        self._host = host[: scores.shape[0]]
-        self._host.copy_(scores, non_blocking=True)
-        self._done: torch.cuda.Event | None = None
-        if scores.is_cuda:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+        self._copy = HostCopy(scores, host)
         self._read: tuple[list[list[float]], NDArray[np.int64], NDArray[np.float64]] | None = None
 
     def of(self, row: int, token: int, top: int) -> TokenLogprob:
@@ -200,13 +196,12 @@ class Scores:
 
     def _wait(self) -> tuple[list[list[float]], NDArray[np.int64], NDArray[np.float64]]:
         """Log-probability and rank of each row's token; ids and values of the likeliest, equal ones by id."""
-        if self._done is not None:
-            self._done.synchronize()
-        numbers: NDArray[np.float64] = self._host.numpy().copy()  # the buffer is filled again
+        numbers: NDArray[np.float64] = self._copy.read().numpy()
         ids, values = numbers[:, 2 : 2 + self._top].astype(np.int64), numbers[:, 2 + self._top : 2 + 2 * self._top]
         order = np.lexsort((ids, -values), axis=-1)
         return numbers[:, :2].tolist(), np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
 
 
-def _numpy_type(field: Tensor) -> np.dtype[np.generic]:
+def numpy_type(field: Tensor) -> np.dtype[np.generic]:
+    """How numpy calls a field's dtype."""
     return torch.empty(0, dtype=field.dtype).numpy().dtype

@@ -22,7 +22,7 @@ from dspark.kernels.graphs import Capture, nothing_collected
 from dspark.kernels.sampling import SamplingRows
 from dspark.kernels.step_end import note_chains
 from dspark.types import DeviceLaws
-from dspark.workers.verifier.device_edits import EDIT_ROWS, DeviceEdits, Scores
+from dspark.workers.verifier.device_edits import EDIT_ROWS, DeviceEdits, Scores, numpy_type
 from dspark.workers.verifier.edits import LogitEdits
 from dspark.workers.verifier.step_buffers import HOST_COPIES, NOTHING, StepBuffers
 
@@ -102,7 +102,7 @@ class DeviceJudge:
         ends = np.cumsum(lengths)
         last = int(ends[-1]) if len(records) else 0
         raw = self._pinned[self._turn].numpy()
-        fields = {name: raw[slice(*span)].view(_numpy_type(self._fields[name])) for name, span in self._spans.items()}
+        fields = {name: raw[slice(*span)].view(numpy_type(self._fields[name])) for name, span in self._spans.items()}
         for name, column in (("seeds", "seed"), ("top_p", "top_p"), ("min_p", "min_p"), ("temperature", "temperature"), ("top_k", "top_k")):
             fields[name][:last] = np.repeat(records[column], lengths)
         fields["temperature"][last:] = 0.0
@@ -163,7 +163,3 @@ def row_lengths(num_requests: int, num_drafting: int, row_tokens: int) -> NDArra
     lengths = np.ones(num_requests, np.int64)
     lengths[:num_drafting] = row_tokens
     return lengths
-
-
-def _numpy_type(field: Tensor) -> np.dtype[np.generic]:
-    return torch.empty(0, dtype=field.dtype).numpy().dtype

@@ -10,12 +10,16 @@ from dspark.workers.verifier.laws import has_penalties
 
 @dataclass(slots=True, eq=False)
 class LogitEdits:
-    """``tokens`` are all that the host knows (not a copy), the first ``num_prompt`` of them the prompt; ``stop_ids`` end the request."""
+    """``tokens`` are all that the host knows (not a copy), the first ``num_prompt`` of them the prompt; ``stop_ids`` end the request.
+
+    ``lasts``: until the request ends, and not only while ``min_tokens`` are missing.
+    """
 
     request_id: str
     sampling: SamplingParams
     tokens: list[int]
     num_prompt: int
+    lasts: bool
     stop_ids: tuple[int, ...] = ()
 
     @property
@@ -31,6 +35,5 @@ class LogitEdits:
     @staticmethod
     def of(request_id: str, sampling: SamplingParams, tokens: list[int], num_prompt: int) -> LogitEdits | None:
         """None for a request that takes its logits as they are."""
-        if sampling.logit_bias or has_penalties(sampling) or sampling.logprobs is not None or sampling.min_tokens:
-            return LogitEdits(request_id, sampling, tokens, num_prompt)
-        return None
+        lasts = bool(sampling.logit_bias) or has_penalties(sampling) or sampling.logprobs is not None
+        return LogitEdits(request_id, sampling, tokens, num_prompt, lasts) if lasts or sampling.min_tokens else None

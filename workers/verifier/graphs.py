@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dspark.errors import ConfigError
 from dspark.kernels.graphs import Capture, nothing_collected
+from dspark.kernels.host_copy import HostCopy
 from dspark.kernels.small_linear import MAX_ROWS
 from dspark.kernels.step_end import note_best
 from dspark.kernels.top import first_argmax
@@ -52,12 +53,7 @@ class OwnTokens:
 
     def __init__(self, tokens: Tensor, host: Tensor, scores: Scores | None = None) -> None:
         self._scores = scores
-        self._host = host[: tokens.shape[0]]
-        self._host.copy_(tokens, non_blocking=True)
-        self._done: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+        self._copy = HostCopy(tokens, host)
 
     def read(self) -> list[int]:
         """Wait for them."""
@@ -66,9 +62,7 @@ class OwnTokens:
 
     def numbers(self) -> NDArray[np.int64]:
         """``read`` as an array of its own."""
-        if self._done is not None:
-            self._done.synchronize()
-        numbers: NDArray[np.int64] = self._host.numpy().copy()
+        numbers: NDArray[np.int64] = self._copy.read().numpy()
         return numbers
 
     def score(self, row: int, token: int, top: int) -> TokenLogprob:

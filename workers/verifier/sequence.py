@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass, field
 
 from dspark.asked import record_of
-from dspark.sampling import AcceptanceRule, SamplingParams
+from dspark.sampling import AcceptanceRule
 from dspark.types import DraftTree, Mode, Request, Speculation, TokenLogprob
 from dspark.workers.blocks import extend_hashes
 from dspark.workers.verifier.draft_policy import RESTED, Rest
 from dspark.workers.verifier.edits import LogitEdits
-from dspark.workers.verifier.laws import has_penalties
 from dspark.workers.verifier.text import TextStream
 
 ROUND_RATE = 0.1  # of the running mean of tokens a round
@@ -48,7 +47,6 @@ class Sequence:
     stop_ids: tuple[int, ...] = ()  # tokens that end it
     stop_set: frozenset[int] = frozenset()  # the same
     rule: AcceptanceRule = AcceptanceRule.RATIO
-    is_plain: bool = False  # nothing edits its logits (``min_tokens`` apart) or asks for their values
     is_sampled: bool = False
     asked: bytes = b""  # what it asks of sampling, for the device
     edits: LogitEdits | None = None  # and what it does to its logits
@@ -78,7 +76,7 @@ class Sequence:
     @property
     def needs_edits(self) -> bool:
         """Whether its next token does not follow from the target's logits as they are, or is to be scored."""
-        return self.edits is not None and (not self.is_plain or self.request.sampling.min_tokens > len(self._output))
+        return self.edits is not None and (self.edits.lasts or self.request.sampling.min_tokens > len(self._output))
 
     @property
     def takes_best(self) -> bool:
@@ -150,14 +148,9 @@ class Sequence:
             limit,
             tokens,
             prompt,
-            is_plain=_is_plain(sampling),
             is_sampled=not sampling.is_greedy,
             asked=record_of(sampling, request.noise_seed),
             edits=LogitEdits.of(request.id, sampling, tokens, prompt),
             rule=sampling.rule,
             _output=tokens[prompt:],
         )
-
-
-def _is_plain(sampling: SamplingParams) -> bool:
-    return not (sampling.logit_bias or has_penalties(sampling) or sampling.logprobs is not None)

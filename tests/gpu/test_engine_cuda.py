@@ -113,13 +113,13 @@ def test_sampled_requests_are_judged_in_graphs(speculation: str) -> None:
         for name, prompt in PROMPTS.items()
     ]
     texts: list[dict[str, tuple[int, ...]]] = []
-    module = random_module(tiny_target("llama"))
     for target in (tiny_target("llama"), on_gpu("llama")):
+        module = random_module(target).to(target.device)  # with the ends of this target; the weights are the same
         pool, is_cuda = BlockPool(256), target.device.type == "cuda"
         if not is_cuda:
             engine = make_engine(target, LocalDrafter(module, pool, 8, head_top_k=0), pool, speculation=speculation)
         else:
-            drafter = GraphDrafter(module.to("cuda"), pool, 8, max_rows=32, max_model_len=256)
+            drafter = GraphDrafter(module, pool, 8, max_rows=32, max_model_len=256)
             capture = CudaGraphs(pytest.fail)
             graphs = GraphOptions(capture, max_tokens=256, max_rows=32, max_model_len=256, longest=5, with_matches=True, law_width=8)
             engine = make_engine(target, drafter, pool, graphs=graphs, overlapped=True, speculation=speculation)
